@@ -1,0 +1,293 @@
+"""From the bytes of a ForwardBackwardRequest to a TrainInput, and from a TrainOutput back to bytes.
+
+`read` is the only place that looks into a datum: the control plane calls it to validate, a worker
+to train. Tokens go from the message's bytes to an array without passing through Python lists.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError
+
+from tinsmith.errors import InvalidInput
+from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.batch import Float32, Int64, TrainInput, TrainOutput
+from tinsmith.wire.losses import LOSSES
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+_DTYPES: dict[int, np.dtype] = {  # type: ignore[type-arg]
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_INT64: np.dtype("<i8"),
+    pb.DTYPE_INT32: np.dtype("<i4"),
+}
+
+
+def parse(body: bytes) -> pb.ForwardBackwardRequest:
+    """The message in `body`; InvalidInput if it is none."""
+    try:
+        return pb.ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        raise InvalidInput("the body is not a ForwardBackwardRequest in protobuf") from None
+
+
+def read(request: pb.ForwardBackwardRequest, *, vocab_size: int, max_context_length: int) -> TrainInput:
+    """Check everything about `request` that does not depend on the run; InvalidInput names the datum."""
+    if not request.data:
+        raise InvalidInput("`data` is empty: send at least one datum")
+    loss = request.loss_fn
+    if loss not in LOSSES:
+        raise InvalidInput(f"unknown loss_fn {loss!r}: known are {', '.join(sorted(LOSSES))}")
+    settings = _settings(request)
+    tokens = [_at(i, _tokens, datum) for i, datum in enumerate(request.data)]
+    lengths_S = np.array([len(t) for t in tokens], np.int64)
+    for i, length in enumerate(lengths_S):
+        if length > max_context_length:
+            raise InvalidInput(
+                f"datum {i}: {length} tokens are more than the model's {max_context_length}; shorten it"
+            )
+    tokens_T = np.concatenate(tokens)
+    _check_range("model_input", tokens_T, vocab_size, lengths_S)
+    targets_TK, widths_S = _targets(request, lengths_S, vocab_size)
+    return TrainInput(
+        loss=loss,
+        forward_only=request.forward_only,
+        lengths_S=lengths_S,
+        tokens_T=tokens_T,
+        targets_TK=targets_TK,
+        target_widths_S=widths_S,
+        columns=_columns(request, settings, lengths_S, targets_TK.shape[1], widths_S),
+        echo=settings,
+    )
+
+
+def write_output(given: TrainInput, output: TrainOutput) -> bytes:
+    """The ForwardBackwardOutput of one operation: logprobs in the shape of its targets, and metrics."""
+    message = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
+    offsets_S = given.offsets_S
+    for width, datums in _runs_of_equal(given.target_widths_S):
+        rows = slice(int(offsets_S[datums.start]), int(offsets_S[datums.stop]))
+        values = np.ascontiguousarray(output.logprobs_TK[rows, : max(width, 1)], np.float32)
+        starts = (offsets_S[datums.start : datums.stop + 1] - offsets_S[datums.start]) * max(width, 1) * 4
+        record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=datums.stop - datums.start)
+        field = record.fields["logprobs"]
+        field.data = values.tobytes()
+        field.offsets = starts.astype("<i8").tobytes()
+        field.dtype = pb.DTYPE_FLOAT32
+        if width:
+            field.trailing_shape.append(width)
+    for name, value in metrics(given, output).items():
+        message.metrics[name] = value
+    return message.SerializeToString()
+
+
+def metrics(given: TrainInput, output: TrainOutput) -> dict[str, float]:
+    """What people look at, under names of the form `name:reduction`.
+
+    `kl_sampling` is the mean over trained tokens of q - lp, an estimate of KL(sampling policy || current
+    policy) from the sampling policy's own samples (Schulman, "Approximating KL Divergence", estimator k1).
+    """
+    found = {"loss:sum": float(output.losses_T.sum(dtype=np.float64)), "tokens:sum": float(given.tokens)}
+    if given.loss == "cross_entropy":
+        weights = given.columns["weights"]
+        found["weights:sum"] = float(weights.sum(dtype=np.float64))
+        return found
+    trained = given.columns["advantages"] != 0
+    found["trained_tokens:sum"] = float(trained.sum())
+    log_ratio = (output.logprobs_TK[:, 0].astype(np.float64) - given.columns["logprobs"])[trained]
+    if log_ratio.size:
+        with np.errstate(over="ignore"):
+            found["kl_sampling:mean"] = float(-log_ratio.mean())
+            found["ratio:max"] = float(np.exp(log_ratio.max()))
+            found["ratio:min"] = float(np.exp(log_ratio.min()))
+    for name, value in given.echo.items():
+        found[f"{name}:unique"] = value
+    return found
+
+
+def array(tensor: pb.Tensor) -> npt.NDArray[np.generic]:
+    """The values of a wire Tensor, dense; a missing shape means one dimension."""
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise InvalidInput("its dtype must be float32, int64 or int32")
+    shape = tuple(tensor.shape)
+    if any(n < 0 for n in shape):
+        raise InvalidInput(f"its shape {list(shape)} has a negative dimension")
+    if tensor.WhichOneof("encoding") == "sparse_csr":
+        return _dense(tensor.sparse_csr, dtype, shape)
+    values = _values(tensor.dense, dtype)
+    if not shape:
+        return values
+    if int(np.prod(shape, dtype=np.float64)) != values.size:
+        raise InvalidInput(f"its shape {list(shape)} does not hold its {values.size} values")
+    return values.reshape(shape)
+
+
+# A sparse tensor may not grow past this many cells when made dense: a few bytes could name terabytes.
+_MAX_DENSE_CELLS = 1 << 26
+
+
+def _dense(csr: pb.SparseCsr, dtype: "np.dtype[np.generic]", shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    if len(shape) != 2:
+        raise InvalidInput("a sparse tensor needs a shape of two dimensions")
+    rows, columns = shape
+    if rows * columns > _MAX_DENSE_CELLS:
+        raise InvalidInput(f"its shape {[rows, columns]} has more than {_MAX_DENSE_CELLS} cells")
+    crow = _values(csr.crow_indices, np.dtype("<i8")).astype(np.int64)
+    column = _values(csr.col_indices, np.dtype("<i8")).astype(np.int64)
+    values = _values(csr.values, dtype)
+    counts = np.diff(crow)
+    if crow.size != rows + 1 or crow[0] != 0 or crow[-1] != values.size or (counts < 0).any():
+        raise InvalidInput("crow_indices must hold rows + 1 rising numbers from 0 to the count of values")
+    if column.size != values.size or (column.size and not 0 <= column.min() <= column.max() < columns):
+        raise InvalidInput("col_indices must hold one column below the tensor's width for every value")
+    dense = np.zeros(shape, dtype)
+    dense[np.repeat(np.arange(rows), counts), column] = values
+    return dense
+
+
+def _values(blob: bytes, dtype: "np.dtype[np.generic]") -> npt.NDArray[np.generic]:
+    if len(blob) % dtype.itemsize:
+        raise InvalidInput(f"its {len(blob)} bytes are not a whole number of {dtype.name} values")
+    return np.frombuffer(blob, dtype)
+
+
+def _at(index: int, make: Callable[[Given], Made], given: Given, name: str = "") -> Made:
+    try:
+        return make(given)
+    except InvalidInput as error:
+        raise InvalidInput(f"datum {index}: {f'`{name}`: ' if name else ''}{error}") from None
+
+
+def _tokens(datum: pb.Datum) -> npt.NDArray[np.int32]:
+    parts = []
+    for chunk in datum.model_input:
+        if chunk.WhichOneof("chunk") != "encoded_text":
+            raise InvalidInput("this base model takes text only: leave out image and audio chunks")
+        parts.append(_values(chunk.encoded_text.tokens, np.dtype("<i4")).astype(np.int32, copy=False))
+    if not sum(len(p) for p in parts):
+        raise InvalidInput("model_input is empty")
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _settings(request: pb.ForwardBackwardRequest) -> dict[str, float]:
+    loss = LOSSES[request.loss_fn]
+    found = dict(loss.settings)
+    given: dict[str, float] = dict(request.loss_fn_config)
+    for name, value in request.loss_fn_config_v2.items():
+        if value.WhichOneof("value") != "number":
+            raise InvalidInput(f"loss_fn_config[{name!r}] must be a number")
+        given[name] = value.number
+    for name, number in given.items():
+        known = loss.aliases.get(name, name)
+        if known not in loss.settings:
+            raise InvalidInput(
+                f"{request.loss_fn} has no setting {name!r}: it knows {', '.join(sorted(loss.settings)) or 'none'}"
+            )
+        if not np.isfinite(number):
+            raise InvalidInput(f"loss_fn_config[{name!r}] must be finite, got {number}")
+        found[known] = float(number)
+    return found
+
+
+def _targets(request: pb.ForwardBackwardRequest, lengths_S: Int64, vocab_size: int) -> tuple[Int64, Int64]:
+    found: list[npt.NDArray[np.generic]] = []
+    for i, datum in enumerate(request.data):
+        if "target_tokens" not in datum.loss_fn_inputs:
+            raise InvalidInput(f"datum {i}: loss_fn_inputs lacks `target_tokens`")
+        targets = _at(i, array, datum.loss_fn_inputs["target_tokens"], "target_tokens")
+        if targets.dtype.kind != "i":
+            raise InvalidInput(f"datum {i}: `target_tokens` must be integers, got {targets.dtype.name}")
+        if targets.ndim not in (1, 2) or len(targets) != lengths_S[i] or (targets.ndim == 2 and not targets.shape[1]):
+            raise InvalidInput(
+                f"datum {i}: `target_tokens` has shape {list(targets.shape)}, but the input has {lengths_S[i]} tokens: "
+                f"it must be [{lengths_S[i]}] or [{lengths_S[i]}, K]"
+            )
+        if targets.ndim == 2 and request.loss_fn != "cross_entropy":
+            raise InvalidInput(f"datum {i}: {request.loss_fn} takes one target per token, `target_tokens` is 2-D")
+        found.append(targets)
+    widths_S = np.array([t.shape[1] if t.ndim == 2 else 0 for t in found], np.int64)
+    targets_TK = _stack(found, lengths_S, max(1, int(widths_S.max())), np.dtype(np.int64))
+    _check_range("target_tokens", targets_TK, vocab_size, lengths_S)
+    return targets_TK, widths_S
+
+
+def _columns(
+    request: pb.ForwardBackwardRequest, settings: dict[str, float], lengths_S: Int64, width: int, widths_S: Int64
+) -> dict[str, Float32]:
+    loss = LOSSES[request.loss_fn]
+    total = int(lengths_S.sum())
+    columns: dict[str, Float32] = {}
+    for name in (*loss.inputs, *loss.settings):
+        given = [datum.loss_fn_inputs[name] if name in datum.loss_fn_inputs else None for datum in request.data]
+        if name in loss.settings:
+            columns[name] = np.full(total, settings[name], np.float32)
+            if name not in loss.token_settings or not any(g is not None for g in given):
+                continue
+        two_dimensional = name == "weights"
+        found: list[npt.NDArray[np.generic]] = []
+        offsets = np.concatenate([[0], np.cumsum(lengths_S)])
+        for i, tensor in enumerate(given):
+            expected = (int(lengths_S[i]), int(widths_S[i])) if two_dimensional and widths_S[i] else (int(lengths_S[i]),)
+            if tensor is None:
+                if name in loss.settings:
+                    found.append(columns[name][offsets[i] : offsets[i + 1]])
+                    continue
+                if name == "weights":
+                    # The public documentation gives cross_entropy both inputs; without weights every
+                    # target counts once.
+                    found.append(np.ones(expected, np.float32))
+                    continue
+                raise InvalidInput(f"datum {i}: {request.loss_fn} needs `{name}` in loss_fn_inputs")
+            values = _at(i, array, tensor, name)
+            if values.shape != expected:
+                raise InvalidInput(
+                    f"datum {i}: `{name}` has shape {list(values.shape)}, it must be {list(expected)} like its target_tokens"
+                )
+            found.append(values)
+        stacked = _stack(found, lengths_S, width if two_dimensional else 1, np.dtype(np.float32))
+        bad = ~np.isfinite(stacked)
+        if bad.any():
+            raise InvalidInput(f"datum {_datum_of(bad, lengths_S)}: `{name}` has values that are not finite")
+        columns[name] = stacked if two_dimensional else stacked[:, 0]
+    return columns
+
+
+def _stack(
+    parts: list[npt.NDArray[np.generic]], lengths_S: Int64, width: int, dtype: "np.dtype[np.generic]"
+) -> npt.NDArray:  # type: ignore[type-arg]
+    """[T, width], a narrower part padded with zeros on the right."""
+    if width == 1:
+        return np.concatenate([p.reshape(-1) for p in parts]).astype(dtype, copy=False).reshape(-1, 1)
+    stacked = np.zeros((int(lengths_S.sum()), width), dtype)
+    row = 0
+    for part in parts:
+        values = part.reshape(len(part), -1)
+        stacked[row : row + len(values), : values.shape[1]] = values
+        row += len(values)
+    return stacked
+
+
+def _check_range(name: str, tokens: npt.NDArray[np.generic], vocab_size: int, lengths_S: Int64) -> None:
+    bad = (tokens < 0) | (tokens >= vocab_size)
+    if bad.any():
+        worst = tokens[bad].reshape(-1)[0]
+        raise InvalidInput(
+            f"datum {_datum_of(bad, lengths_S)}: `{name}` holds token {worst}, outside the vocabulary 0..{vocab_size - 1}"
+        )
+
+
+def _datum_of(bad: npt.NDArray[np.bool_], lengths_S: Int64) -> int:
+    row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+    return int(np.searchsorted(np.cumsum(lengths_S), row, side="right"))
+
+
+def _runs_of_equal(values: Int64) -> Iterable[tuple[int, slice]]:
+    """Stretches of equal neighbours: (value, slice of positions)."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    starts = [0, *edges.tolist()]
+    stops = [*edges.tolist(), len(values)]
+    return [(int(values[a]), slice(a, b)) for a, b in zip(starts, stops, strict=True)]

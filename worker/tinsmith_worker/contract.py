@@ -1,0 +1,180 @@
+"""What the worker process asks of an engine and a sampler, and the plain data between them. No torch.
+
+The torch engine (`engine.py`, `sampler/`) and the null engine (`null_engine.py`) both keep this contract.
+Everything here runs on one thread, the engine's; only `AdapterState` and outputs leave it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tinsmith.wire.batch import TrainInput, TrainOutput
+
+LORA_ALPHA = 32
+"""Fixed by the wire, whatever the rank: the delta is scaled by 32 / rank."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    rank: int
+    seed: int
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """torch AdamW: decoupled weight decay; grad_clip_norm 0 means no clipping."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """All of an adapter, in host memory: what a snapshot or a checkpoint is made of.
+
+    Arrays are flat float32 in the layout `tensors` names: (name in PEFT's form, offset, shape).
+    `moment1`, `moment2` and `gradient` are None where there is none (weights only; nothing accumulated).
+    """
+
+    spec: LoraSpec
+    tensors: tuple[tuple[str, int, tuple[int, ...]], ...]
+    weights: npt.NDArray[np.float32]
+    moment1: npt.NDArray[np.float32] | None = None
+    moment2: npt.NDArray[np.float32] | None = None
+    gradient: npt.NDArray[np.float32] | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One forward_backward (or forward) of one run."""
+
+    run_id: str
+    given: TrainInput
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """One sample operation. `sampler_id` names weights given to `Sampler.hold`, "" the base model.
+
+    stop None: the model's end-of-sequence tokens; () : nothing stops it but max_tokens.
+    """
+
+    request_id: str
+    sampler_id: str
+    prompt: npt.NDArray[np.int32]
+    num_samples: int
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    prompt_logprobs: bool = False
+    prompt_logprobs_last_n: int | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: npt.NDArray[np.int64] | None = None  # [prompt - 1, K]; -1 in an empty cell
+    prompt_alt_tokens_k: int = 0
+
+
+@dataclass(frozen=True)
+class TopK:
+    """token_ids and logprobs [length, k], best first."""
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    stopped: bool  # by a stop token or string; else by length
+    topk: TopK | None = None
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    request_id: str
+    sequences: list[SampledSequence]
+    prompt_logprobs: npt.NDArray[np.float32] | None = None  # [prompt], NaN where there is none
+    topk_prompt: TopK | None = None  # [prompt, k]; row 0 is empty: token 0, logprob -99999
+    target_prompt_logprobs: npt.NDArray[np.float32] | None = None
+    prompt_alt_tokens: TopK | None = None  # [prompt - 1, k]
+    cache_hit_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one operation failed. category: "user" or "server"."""
+
+    message: str
+    category: str = "user"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the control plane must know of a base model to validate requests."""
+
+    vocab_size: int
+    max_context_length: int
+    architecture: str
+    max_rank: int = 256
+    tokenizer: str = ""  # a hub id or a folder
+
+
+class Engine(Protocol):
+    facts: ModelFacts
+
+    def create(self, run_id: str, spec: LoraSpec) -> None: ...
+    def drop(self, run_id: str) -> None: ...
+    def holds(self, run_id: str) -> bool: ...
+    def forward_backward(self, work: Sequence[Work]) -> list[TrainOutput]:
+        """One pass or several over all of `work`, in order; gradients accumulate unless forward_only.
+
+        If it raises, the accumulated gradients of the runs in `work` are undefined.
+        """
+        ...
+
+    def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
+        """Step and clear the gradient. A gradient that is not finite is a Failure, and is cleared too."""
+        ...
+
+    def state(self, run_id: str) -> AdapterState: ...
+    def restore(self, run_id: str, state: AdapterState) -> None:
+        """Make (or replace) the adapter exactly as `state` has it."""
+        ...
+
+    def load(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
+        """Load a checkpoint into an existing adapter of equal rank and targets (else InvalidInput);
+        without `optimizer`, moments and step start anew. The accumulated gradient is cleared."""
+        ...
+
+
+class Sampler(Protocol):
+    def hold(self, sampler_id: str, state: AdapterState) -> None:
+        """Keep a frozen copy of these weights under this name (idempotent)."""
+        ...
+
+    def holds(self, sampler_id: str) -> bool: ...
+    def add(self, given: SampleInput) -> None: ...
+    def step(self) -> list[SampleOutput | tuple[str, Failure]]:
+        """One decode step of everything under way (prefilling what is new); what finished."""
+        ...
+
+    def cancel(self, request_id: str) -> None: ...
+    @property
+    def busy(self) -> bool: ...
+

@@ -1,0 +1,222 @@
+"""Operations: submitted by the control plane, claimed and finished by the worker that holds the lease.
+
+Every function takes a connection and runs inside `Store.write` or `Store.read`.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tinsmith_api.journal.tables import operations, payloads, results, runs, sampling_sessions
+
+Json = dict[str, Any]
+
+QUEUED, DONE, FAILED = "queued", "done", "failed"
+
+CREATE_MODEL = "create_model"
+FORWARD_BACKWARD = "forward_backward"
+OPTIM_STEP = "optim_step"
+SAVE_WEIGHTS = "save_weights"
+SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
+LOAD_WEIGHTS = "load_weights"
+SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One submitted call. `subject` is a run, or for `sample` a sampling session.
+
+    `error` set at submission means the call was refused: its number is consumed and its future fails.
+    """
+
+    subject: str
+    seq_id: int
+    kind: str
+    tenant_id: str
+    base_model: str
+    tokens: int = 0
+    answer: Json | None = None
+    error: Json | None = None
+    request_id: str = ""
+    state: str = QUEUED
+    submitted_at: float = 0.0
+    payload: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What retrieve_future needs of an operation: a body if it is done, an error if it failed."""
+
+    kind: str
+    state: str
+    body: bytes | None
+    error: Json | None
+
+
+class LeaseLost(Exception):  # noqa: N818 - the name says what happened
+    """Another worker holds this run now; nothing was written."""
+
+
+def insert_if_new(connection: sa.Connection, table: sa.Table, values: Json) -> bool:
+    """INSERT unless a row with one of its unique keys is there; True if it was inserted."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    return connection.execute(dialect.insert(table).on_conflict_do_nothing(), values).rowcount > 0
+
+
+def submit(connection: sa.Connection, operation: Operation) -> tuple[Operation, bool]:
+    """Enter `operation`; (it, True). If its (subject, seq_id) was submitted before: (that one, False)."""
+    new = replace(
+        operation,
+        request_id=uuid.uuid4().hex,
+        state=FAILED if operation.error else QUEUED,
+        submitted_at=time.time(),
+    )
+    row = {c.name: getattr(new, c.name) for c in operations.c if c.name != "finished_at"}
+    row["finished_at"] = new.submitted_at if new.error else None
+    if not insert_if_new(connection, operations, row):
+        return _one(connection, operations.c.subject == new.subject, operations.c.seq_id == new.seq_id), False
+    if new.payload is not None and not new.error:
+        connection.execute(sa.insert(payloads), {"request_id": new.request_id, "body": new.payload})
+    return new, True
+
+
+def find(connection: sa.Connection, subject: str, seq_id: int) -> Operation | None:
+    """The operation with this number, without its payload."""
+    where = (operations.c.subject == subject, operations.c.seq_id == seq_id)
+    row = connection.execute(sa.select(operations).where(*where)).one_or_none()
+    return None if row is None else _operation(row)
+
+
+def outcome(connection: sa.Connection, request_id: str, tenant_id: str) -> Outcome | None:
+    """The state of one of this tenant's futures; None if there is none."""
+    row = connection.execute(
+        sa.select(operations.c.kind, operations.c.state, operations.c.error, results.c.body)
+        .join_from(operations, results, operations.c.request_id == results.c.request_id, isouter=True)
+        .where(operations.c.request_id == request_id, operations.c.tenant_id == tenant_id)
+    ).one_or_none()
+    return None if row is None else Outcome(row.kind, row.state, row.body, row.error)
+
+
+def fetch(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operation]:
+    """These operations with their payloads, whatever their state."""
+    return _with_payloads(connection, operations.c.request_id.in_(request_ids))
+
+
+def backlog(connection: sa.Connection, base_model: str) -> list[str]:
+    """Request ids of everything of this base model that waits to be executed, oldest first."""
+    statement = (
+        sa.select(operations.c.request_id)
+        .where(operations.c.base_model == base_model, operations.c.state == QUEUED)
+        .order_by(operations.c.submitted_at)
+    )
+    return list(connection.execute(statement).scalars())
+
+
+def history(connection: sa.Connection, run_id: str, after_seq: int) -> list[Operation]:
+    """All operations of a run behind its snapshot, in order, with the payloads that are still kept."""
+    found = _with_payloads(connection, operations.c.subject == run_id, operations.c.seq_id > after_seq)
+    return sorted(found, key=lambda o: o.seq_id)
+
+
+def finish(
+    connection: sa.Connection,
+    request_id: str,
+    *,
+    run_id: str | None,
+    worker_id: str,
+    epoch: int,
+    body: bytes | None = None,
+    error: Json | None = None,
+) -> bool:
+    """Record the outcome of a queued operation. False if it had one already (the first stands).
+
+    For an operation of a run (`run_id`), LeaseLost unless this worker holds it under this epoch.
+    """
+    if run_id is not None:
+        check_lease(connection, run_id, worker_id, epoch)
+    updated = connection.execute(
+        sa.update(operations)
+        .where(operations.c.request_id == request_id, operations.c.state == QUEUED)
+        .values(state=FAILED if error else DONE, finished_at=time.time(), error=error)
+    )
+    if not updated.rowcount:
+        return False
+    if body is not None:
+        connection.execute(sa.insert(results), {"request_id": request_id, "body": body})
+    if run_id is None or error:
+        # Nothing replays a sample, nor an operation that failed.
+        connection.execute(sa.delete(payloads).where(payloads.c.request_id == request_id))
+    return True
+
+
+def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> None:
+    held = connection.execute(
+        sa.select(runs.c.id).where(runs.c.id == run_id, runs.c.worker_id == worker_id, runs.c.epoch == epoch)
+    ).one_or_none()
+    if held is None:
+        raise LeaseLost(run_id)
+
+
+def record_snapshot(
+    connection: sa.Connection, run_id: str, *, seq_id: int, key: str, worker_id: str, epoch: int
+) -> str | None:
+    """Make `key` the run's snapshot, covering operations up to `seq_id`; their payloads are purged.
+
+    Returns the key of the snapshot it replaces. LeaseLost as in `finish`.
+    """
+    check_lease(connection, run_id, worker_id, epoch)
+    before = connection.execute(sa.select(runs.c.snapshot_key).where(runs.c.id == run_id)).scalar_one()
+    connection.execute(
+        sa.update(runs).where(runs.c.id == run_id).values(snapshot_seq=seq_id, snapshot_key=key)
+    )
+    covered = sa.select(operations.c.request_id).where(
+        operations.c.subject == run_id, operations.c.seq_id <= seq_id
+    )
+    connection.execute(sa.delete(payloads).where(payloads.c.request_id.in_(covered)))
+    return before  # type: ignore[no-any-return]
+
+
+def purge_results(connection: sa.Connection, *, finished_before: float) -> int:
+    """Delete the bodies of results nobody will fetch any more; their operations stay."""
+    old = sa.select(operations.c.request_id).where(operations.c.finished_at < finished_before)
+    return connection.execute(sa.delete(results).where(results.c.request_id.in_(old))).rowcount
+
+
+def sampling_session(connection: sa.Connection, session_id: str) -> sa.Row[Any] | None:
+    return connection.execute(
+        sa.select(sampling_sessions).where(sampling_sessions.c.id == session_id)
+    ).one_or_none()
+
+
+def _with_payloads(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Operation]:
+    statement = (
+        sa.select(operations, payloads.c.body)
+        .join_from(operations, payloads, operations.c.request_id == payloads.c.request_id, isouter=True)
+        .where(*where)
+    )
+    return [replace(_operation(row), payload=row.body) for row in connection.execute(statement)]
+
+
+def _one(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> Operation:
+    return _operation(connection.execute(sa.select(operations).where(*where)).one())
+
+
+def _operation(row: sa.Row[Any]) -> Operation:
+    return Operation(
+        subject=row.subject,
+        seq_id=row.seq_id,
+        kind=row.kind,
+        tenant_id=row.tenant_id,
+        base_model=row.base_model,
+        tokens=row.tokens,
+        answer=row.answer,
+        error=row.error,
+        request_id=row.request_id,
+        state=row.state,
+        submitted_at=row.submitted_at,
+    )

@@ -1,0 +1,131 @@
+"""The database under the journal: one writing thread with group commit, and readers beside it.
+
+A write is a function of a connection. Functions that wait together are committed together, so a busy
+service pays for one flush to disk where an idle one pays for one per call. A function may be run twice
+(when another one of its group failed and the group was rolled back), so it must do nothing but SQL.
+"""
+
+import fcntl
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+Result = TypeVar("Result")
+Statement = Callable[[sa.Connection], Result]
+
+# Beyond this many functions a group's first waiter would wait for the others longer than for the disk.
+_GROUP = 64
+
+
+class Store:
+    """Opens `url` ("sqlite:////path/to/file" or a PostgreSQL URL) and brings its schema up to date."""
+
+    def __init__(self, url: str) -> None:
+        self.url = sa.make_url(url)
+        self._is_sqlite = self.url.get_backend_name() == "sqlite"
+        # Two processes write to one SQLite file. A lock file makes the second wait in line and wake at
+        # once; SQLite's own waiting sleeps in growing steps.
+        self._turn_file = open(f"{self.url.database}.turn", "wb") if self._is_sqlite else None  # noqa: SIM115
+        self._writes = sa.create_engine(self.url, pool_size=1, max_overflow=0)
+        self._reads = sa.create_engine(self.url, pool_size=4, max_overflow=0)
+        if self._is_sqlite:
+            for engine in (self._writes, self._reads):
+                sa.event.listen(engine, "connect", _prepare_sqlite)
+            sa.event.listen(self._writes, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+            sa.event.listen(self._reads, "begin", lambda c: c.exec_driver_sql("BEGIN"))
+        with self._turn():
+            self._migrate()
+        self._jobs: queue.SimpleQueue[tuple[Statement[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="journal-read")
+        self._writer = threading.Thread(target=self._write_forever, name="journal-write", daemon=True)
+        self._writer.start()
+
+    def write(self, statement: Statement[Result]) -> "Future[Result]":
+        """Run `statement` in a transaction; the future is done when it is on disk."""
+        done: Future[Result] = Future()
+        self._jobs.put((statement, done))
+        return done
+
+    def read(self, statement: Statement[Result]) -> "Future[Result]":
+        return self._readers.submit(self._read, statement)
+
+    def close(self) -> None:
+        """Commit what was asked for, then let go of the file."""
+        self._jobs.put(None)
+        self._writer.join()
+        self._readers.shutdown()
+        self._writes.dispose()
+        self._reads.dispose()
+        if self._turn_file:
+            self._turn_file.close()
+
+    def _read(self, statement: Statement[Result]) -> Result:
+        with self._reads.begin() as connection:
+            return statement(connection)
+
+    def _write_forever(self) -> None:
+        job = self._jobs.get()
+        while job is not None:
+            group = [job]
+            while len(group) < _GROUP and group[-1] is not None and not self._jobs.empty():
+                group.append(self._jobs.get())  # type: ignore[arg-type]
+            last = group[-1]
+            self._commit([g for g in group if g is not None])
+            job = None if last is None else self._jobs.get()
+
+    def _commit(self, group: list[tuple[Statement[Any], "Future[Any]"]]) -> None:
+        try:
+            with self._turn(), self._writes.begin() as connection:
+                results = [statement(connection) for statement, _ in group]
+        except BaseException as error:  # whatever it was belongs to who asked, not to this thread
+            if len(group) == 1:
+                group[0][1].set_exception(error)
+                return
+            for job in group:
+                self._commit([job])
+            return
+        for (_, done), result in zip(group, results, strict=True):
+            done.set_result(result)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if self._turn_file is None:
+            yield
+            return
+        fcntl.flock(self._turn_file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._turn_file, fcntl.LOCK_UN)
+
+    def _migrate(self) -> None:
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self._writes.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+def _prepare_sqlite(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy begins transactions itself, see above
+    cursor = connection.cursor()
+    # 8 KiB pages and a checkpoint every 64 MiB: bodies of ~100 KiB are the rule.
+    for pragma in (
+        "page_size=8192",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "busy_timeout=30000",
+        "wal_autocheckpoint=8192",
+        "foreign_keys=ON",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

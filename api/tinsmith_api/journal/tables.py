@@ -1,0 +1,161 @@
+"""The journal's tables. SQLite in the embedded form, PostgreSQL in the distributed one.
+
+Times are seconds since the epoch (float). Ids that grant anything are random.
+"""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("name", sa.String, nullable=False, unique=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    # SHA-256 is enough for a key of 256 random bits: there is nothing to guess.
+    sa.Column("sha256", sa.String, nullable=False, unique=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("revoked_at", sa.Float),
+)
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False, index=True),
+    sa.Column("project_id", sa.String),
+    sa.Column("display_name", sa.String),
+    sa.Column("tags", sa.JSON, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("sdk_version", sa.String),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("heartbeat_at", sa.Float, nullable=False),
+    sa.Column("finished_at", sa.Float),
+    sa.Column("finish_reason", sa.String),
+    sa.Column("finish_detail", sa.String),
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("base_model", sa.String, nullable=False, index=True),
+    sa.Column("facts", sa.JSON, nullable=False),
+    sa.Column("started_at", sa.Float, nullable=False),
+    sa.Column("heartbeat_at", sa.Float, nullable=False),
+    sa.Column("stopped_at", sa.Float),
+)
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False, index=True),
+    sa.Column("session_id", sa.ForeignKey("sessions.id"), nullable=False, index=True),
+    sa.Column("base_model", sa.String, nullable=False, index=True),
+    sa.Column("lora", sa.JSON, nullable=False),  # rank, seed, train_attn, train_mlp, train_unembed
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    # The lease: who may write for this run. A finish under an older epoch is refused.
+    sa.Column("worker_id", sa.String, index=True),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    # The snapshot: the state after every operation up to snapshot_seq, -1 before the first.
+    sa.Column("snapshot_seq", sa.Integer, nullable=False),
+    sa.Column("snapshot_key", sa.String),
+)
+
+operations = sa.Table(
+    "operations",
+    metadata,
+    sa.Column("request_id", sa.String, primary_key=True),
+    # The run an operation belongs to, or the sampling session.
+    sa.Column("subject", sa.String, nullable=False),
+    sa.Column("seq_id", sa.BigInteger, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("base_model", sa.String, nullable=False),
+    sa.Column("state", sa.String, nullable=False),  # queued, done, failed
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("submitted_at", sa.Float, nullable=False),
+    sa.Column("finished_at", sa.Float),
+    sa.Column("answer", sa.JSON),  # what the submission answered beside request_id
+    sa.Column("error", sa.JSON),  # {"error": sentence, "category": "user" | "server"}
+    sa.UniqueConstraint("subject", "seq_id"),
+    sa.Index("operations_open", "base_model", "state"),
+)
+
+# Bodies are kept apart from the rows that queues scan, so that those stay small.
+payloads = sa.Table(
+    "payloads",
+    metadata,
+    sa.Column("request_id", sa.String, primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+results = sa.Table(
+    "results",
+    metadata,
+    sa.Column("request_id", sa.String, primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+sampling_sessions = sa.Table(
+    "sampling_sessions",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False, index=True),
+    sa.Column("session_id", sa.ForeignKey("sessions.id"), nullable=False, index=True),
+    sa.Column("base_model", sa.String, nullable=False),
+    sa.Column("model_path", sa.String),  # NULL: the base model itself
+    sa.Column("object_prefix", sa.String),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("path", sa.String, primary_key=True),  # tinker://run/kind/name
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False, index=True),
+    sa.Column("kind", sa.String, nullable=False),  # weights, sampler_weights
+    sa.Column("name", sa.String, nullable=False),
+    # A name is taken when its save is submitted; ready_at is set with the result, once the files are whole.
+    sa.Column("request_id", sa.String, nullable=False, index=True),
+    sa.Column("listed", sa.Boolean, nullable=False),  # unnamed samplers are not
+    sa.Column("object_prefix", sa.String, nullable=False),
+    sa.Column("lora", sa.JSON, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("ready_at", sa.Float),
+    sa.Column("expires_at", sa.Float),
+)
+
+# Objects nothing refers to any more. They are deleted a while later, so that an operation that was
+# submitted while they were alive can still be replayed.
+garbage = sa.Table(
+    "garbage",
+    metadata,
+    sa.Column("object_prefix", sa.String, primary_key=True),
+    sa.Column("delete_after", sa.Float, nullable=False, index=True),
+)
+
+# What was sampled, kept a day for those who asked (record_stability_info).
+sampled_sequences = sa.Table(
+    "sampled_sequences",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("tokens", sa.LargeBinary, nullable=False),  # int32
+    sa.Column("logprobs", sa.LargeBinary, nullable=False),  # float32
+    sa.Column("created_at", sa.Float, nullable=False, index=True),
+)

@@ -154,6 +154,15 @@ def finish(
     return True
 
 
+def give_up(
+    connection: sa.Connection, run_id: str, seq_ids: Sequence[int], *, tenant_id: str, base_model: str
+) -> None:
+    """Enter numbers that never came as failed, so that nothing waits for them again."""
+    error = {"error": "this call did not arrive in time and was given up", "category": "user"}
+    for seq_id in seq_ids:
+        submit(connection, Operation(run_id, seq_id, "missing", tenant_id, base_model, error=error))
+
+
 def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> None:
     held = connection.execute(
         sa.select(runs.c.id).where(runs.c.id == run_id, runs.c.worker_id == worker_id, runs.c.epoch == epoch)

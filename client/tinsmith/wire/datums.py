@@ -130,7 +130,9 @@ def array(tensor: pb.Tensor) -> npt.NDArray[np.generic]:
 _MAX_DENSE_CELLS = 1 << 26
 
 
-def _dense(csr: pb.SparseCsr, dtype: "np.dtype[np.generic]", shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+def _dense(
+    csr: pb.SparseCsr, dtype: "np.dtype[np.generic]", shape: tuple[int, ...]
+) -> npt.NDArray[np.generic]:
     if len(shape) != 2:
         raise InvalidInput("a sparse tensor needs a shape of two dimensions")
     rows, columns = shape
@@ -201,13 +203,19 @@ def _targets(request: pb.ForwardBackwardRequest, lengths_S: Int64, vocab_size: i
         targets = _at(i, array, datum.loss_fn_inputs["target_tokens"], "target_tokens")
         if targets.dtype.kind != "i":
             raise InvalidInput(f"datum {i}: `target_tokens` must be integers, got {targets.dtype.name}")
-        if targets.ndim not in (1, 2) or len(targets) != lengths_S[i] or (targets.ndim == 2 and not targets.shape[1]):
+        if (
+            targets.ndim not in (1, 2)
+            or len(targets) != lengths_S[i]
+            or (targets.ndim == 2 and not targets.shape[1])
+        ):
             raise InvalidInput(
                 f"datum {i}: `target_tokens` has shape {list(targets.shape)}, but the input has {lengths_S[i]} tokens: "
                 f"it must be [{lengths_S[i]}] or [{lengths_S[i]}, K]"
             )
         if targets.ndim == 2 and request.loss_fn != "cross_entropy":
-            raise InvalidInput(f"datum {i}: {request.loss_fn} takes one target per token, `target_tokens` is 2-D")
+            raise InvalidInput(
+                f"datum {i}: {request.loss_fn} takes one target per token, `target_tokens` is 2-D"
+            )
         found.append(targets)
     widths_S = np.array([t.shape[1] if t.ndim == 2 else 0 for t in found], np.int64)
     targets_TK = _stack(found, lengths_S, max(1, int(widths_S.max())), np.dtype(np.int64))
@@ -216,13 +224,19 @@ def _targets(request: pb.ForwardBackwardRequest, lengths_S: Int64, vocab_size: i
 
 
 def _columns(
-    request: pb.ForwardBackwardRequest, settings: dict[str, float], lengths_S: Int64, width: int, widths_S: Int64
+    request: pb.ForwardBackwardRequest,
+    settings: dict[str, float],
+    lengths_S: Int64,
+    width: int,
+    widths_S: Int64,
 ) -> dict[str, Float32]:
     loss = LOSSES[request.loss_fn]
     total = int(lengths_S.sum())
     columns: dict[str, Float32] = {}
     for name in (*loss.inputs, *loss.settings):
-        given = [datum.loss_fn_inputs[name] if name in datum.loss_fn_inputs else None for datum in request.data]
+        given = [
+            datum.loss_fn_inputs[name] if name in datum.loss_fn_inputs else None for datum in request.data
+        ]
         if name in loss.settings:
             columns[name] = np.full(total, settings[name], np.float32)
             if name not in loss.token_settings or not any(g is not None for g in given):
@@ -231,7 +245,11 @@ def _columns(
         found: list[npt.NDArray[np.generic]] = []
         offsets = np.concatenate([[0], np.cumsum(lengths_S)])
         for i, tensor in enumerate(given):
-            expected = (int(lengths_S[i]), int(widths_S[i])) if two_dimensional and widths_S[i] else (int(lengths_S[i]),)
+            expected = (
+                (int(lengths_S[i]), int(widths_S[i]))
+                if two_dimensional and widths_S[i]
+                else (int(lengths_S[i]),)
+            )
             if tensor is None:
                 if name in loss.settings:
                     found.append(columns[name][offsets[i] : offsets[i + 1]])

@@ -1,0 +1,125 @@
+"""Results in the form the journal keeps, and the rows that are written with them."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+
+from tinsmith.wire import samples
+from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith_api.journal import checkpoints
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.operations import Operation
+from tinsmith_api.journal.tables import sampled_sequences
+from tinsmith_worker.contract import SampledSequence, SampleOutput
+
+Json = dict[str, Any]
+
+
+def json_body(value: Json) -> bytes:
+    return json.dumps(value).encode()
+
+
+def optim_step(metrics: dict[str, float]) -> bytes:
+    # JSON has no NaN or infinity: a number that is not finite is left out.
+    return json_body({"metrics": {name: value for name, value in metrics.items() if np.isfinite(value)}})
+
+
+def saved(operation: Operation, given: Json) -> Json:
+    if given.get("sampling_session_id"):
+        return {"sampling_session_id": given["sampling_session_id"]}
+    return {"path": given["path"]}
+
+
+def checkpoint_row(operation: Operation, given: Json, lora: Json, size_bytes: int) -> Json:
+    ttl = given.get("ttl_seconds")
+    return {
+        "path": given["path"],
+        "run_id": operation.subject,
+        "tenant_id": operation.tenant_id,
+        "kind": given["kind"],
+        "name": given["name"],
+        "listed": not given.get("sampling_session_id"),
+        "object_prefix": given["object_prefix"],
+        "lora": lora,
+        "user_metadata": given.get("user_metadata") or {},
+        "size_bytes": size_bytes,
+        "expires_at": None if ttl is None else time.time() + ttl,
+    }
+
+
+def publish(connection: sa.Connection, operation: Operation, given: Json, row: Json) -> None:
+    checkpoints.publish(connection, operation.request_id, row)
+    if given.get("sampling_session_id"):
+        checkpoints.open_sampler(
+            connection,
+            {
+                "id": given["sampling_session_id"],
+                "tenant_id": operation.tenant_id,
+                "session_id": given["session_id"],
+                "base_model": operation.base_model,
+                "model_path": given["path"],
+                "object_prefix": given["object_prefix"],
+            },
+        )
+
+
+def free_name(connection: sa.Connection, operation: Operation) -> None:
+    if operation.kind in (ops.SAVE_WEIGHTS, ops.SAVE_WEIGHTS_FOR_SAMPLER):
+        checkpoints.free_name(connection, operation.request_id)
+
+
+def sampled(output: SampleOutput) -> bytes:
+    message = pb.SampleResponse(prompt_cache_hit_tokens=output.cache_hit_tokens)
+    for sequence in output.sequences:
+        message.sequences.append(_sequence(sequence))
+    if output.prompt_logprobs is not None:
+        message.prompt_logprobs = _float32(output.prompt_logprobs)
+    if output.topk_prompt is not None:
+        message.topk_prompt_logprobs.CopyFrom(
+            samples.topk(output.topk_prompt.token_ids, output.topk_prompt.logprobs)
+        )
+    if output.target_prompt_logprobs is not None:
+        message.target_prompt_logprobs.CopyFrom(samples.dense(output.target_prompt_logprobs))
+    if output.prompt_alt_tokens is not None:
+        message.prompt_alt_tokens.tokens.CopyFrom(samples.dense(output.prompt_alt_tokens.token_ids))
+        message.prompt_alt_tokens.logprobs.CopyFrom(samples.dense(output.prompt_alt_tokens.logprobs))
+    return message.SerializeToString()
+
+
+def record_sequences(
+    connection: sa.Connection, operation: Operation, task: pb.SampleTask, output: SampleOutput
+) -> None:
+    """Keep what was sampled, for a loss that asks the server what it drew (record_stability_info)."""
+    if not task.record_stability_info:
+        return
+    for sequence_id, sequence in zip(task.sequence_ids, output.sequences, strict=True):
+        connection.execute(
+            sa.insert(sampled_sequences).values(
+                id=sequence_id,
+                tenant_id=operation.tenant_id,
+                tokens=sequence.tokens.astype("<i4").tobytes(),
+                logprobs=_float32(sequence.logprobs),
+                created_at=time.time(),
+            )
+        )
+
+
+def _sequence(sequence: SampledSequence) -> pb.SampledSequence:
+    message = pb.SampledSequence(
+        stop_reason=pb.STOP_REASON_STOP if sequence.stopped else pb.STOP_REASON_LENGTH,
+        tokens=sequence.tokens.astype("<i4").tobytes(),
+        logprobs=_float32(sequence.logprobs),
+    )
+    if sequence.topk is not None:
+        message.topk_sampled_logprobs.CopyFrom(
+            samples.topk(sequence.topk.token_ids, sequence.topk.logprobs)
+        )
+    return message
+
+
+def _float32(values: npt.NDArray[np.float32]) -> bytes:
+    return values.astype("<f4").tobytes()

@@ -1,0 +1,186 @@
+"""Between the types users hold and the protobuf on the wire."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tinsmith.errors import InvalidInput
+from tinsmith.types import (
+    Array,
+    Datum,
+    ForwardBackwardOutput,
+    PromptAltTokens,
+    SampledProvenanceSpan,
+    SampledSequence,
+    SampleResponse,
+    Spans,
+    TensorData,
+    TopkLogprobs,
+)
+from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.datums import array
+from tinsmith.wire.samples import dense
+
+MAX_DATUMS = 1024
+MAX_BYTES = 5_000_000
+"""A forward_backward larger than either goes out as several requests. Both are the official SDK's."""
+
+
+def pack(
+    data: Sequence[Datum],
+    loss_fn: str,
+    loss_fn_config: Mapping[str, float | str] | None = None,
+    *,
+    forward_only: bool = False,
+) -> list[pb.ForwardBackwardRequest]:
+    """One request per chunk of `data`, in order; who sends them fills in model_id and seq_id."""
+    if not data:
+        raise InvalidInput("`data` is empty: send at least one datum")
+    config = {name: _setting(value) for name, value in (loss_fn_config or {}).items()}
+    return [
+        pb.ForwardBackwardRequest(
+            data=chunk, loss_fn=loss_fn, loss_fn_config_v2=config, forward_only=forward_only
+        )
+        for chunk in _chunks(_datum(datum) for datum in data)
+    ]
+
+
+def unpack(body: bytes) -> ForwardBackwardOutput:
+    """The answer to one request."""
+    message = pb.ForwardBackwardOutput.FromString(body)
+    return ForwardBackwardOutput(
+        loss_fn_output_type=message.loss_fn_output_type,
+        loss_fn_outputs=[output for record in message.loss_fn_outputs for output in _record(record)],
+        metrics=dict(message.metrics),
+    )
+
+
+def merge(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
+    """One answer from those of a call's chunks.
+
+    A metric `name:reduction` is reduced over chunks as its name says, means weighted by datums.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    weights = [len(output.loss_fn_outputs) for output in outputs]
+    shared = [name for name in outputs[0].metrics if all(name in output.metrics for output in outputs)]
+    metrics: dict[str, float] = {}
+    for name in shared:
+        values = [output.metrics[name] for output in outputs]
+        match name.rpartition(":")[2]:
+            case "sum":
+                metrics[name] = float(np.sum(values))
+            case "mean":
+                metrics[name] = float(np.average(values, weights=weights))
+            case "min":
+                metrics[name] = min(values)
+            case "max":
+                metrics[name] = max(values)
+            case "unique":
+                metrics[name] = values[0]
+    return ForwardBackwardOutput(
+        loss_fn_output_type=outputs[0].loss_fn_output_type,
+        loss_fn_outputs=[one for output in outputs for one in output.loss_fn_outputs],
+        metrics=metrics,
+    )
+
+
+def unpack_sample(body: bytes, sequence_ids: Sequence[str]) -> SampleResponse:
+    """The answer to one sample call; `sequence_ids` came with its submission."""
+    message = pb.SampleResponse.FromString(body)
+    alternatives = message.prompt_alt_tokens
+    return SampleResponse(
+        sequences=[
+            SampledSequence(
+                stop_reason="length" if sequence.stop_reason == pb.STOP_REASON_LENGTH else "stop",
+                sequence_id=sequence_id,
+                tokens_np=np.frombuffer(sequence.tokens, "<i4"),
+                logprobs_np=_floats(sequence.logprobs),
+                topk_logprobs_np=_topk(sequence.topk_sampled_logprobs),
+            )
+            for sequence, sequence_id in zip(message.sequences, sequence_ids, strict=True)
+        ],
+        prompt_logprobs_np=_floats(message.prompt_logprobs),
+        topk_prompt_logprobs_np=_topk(message.topk_prompt_logprobs),
+        target_prompt_logprobs=_tensor(message.target_prompt_logprobs),
+        prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
+        prompt_alt_tokens=(
+            PromptAltTokens(TensorData(array(alternatives.tokens)), TensorData(array(alternatives.logprobs)))
+            if message.HasField("prompt_alt_tokens")
+            else None
+        ),
+    )
+
+
+def _chunks(data: Iterable[pb.Datum]) -> Iterator[list[pb.Datum]]:
+    chunk: list[pb.Datum] = []
+    size = 0
+    for datum in data:
+        datum_size = datum.ByteSize()
+        if chunk and (len(chunk) == MAX_DATUMS or size + datum_size > MAX_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(datum)
+        size += datum_size
+    yield chunk
+
+
+def _datum(datum: Datum) -> pb.Datum:
+    message = pb.Datum()
+    for chunk in datum.model_input.chunks:
+        message.model_input.add().encoded_text.tokens = chunk.tokens.astype("<i4", copy=False).tobytes()
+    for name, tensor in datum.loss_fn_inputs.items():
+        message.loss_fn_inputs[name].CopyFrom(dense(tensor.to_numpy()))
+    message.model_input_spans.extend(_spans(datum.model_input_spans or ()))
+    message.loss_fn_input_spans.extend(_spans(datum.loss_fn_input_spans or ()))
+    return message
+
+
+def _spans(spans: Spans) -> Iterator[pb.ProvenanceSpan]:
+    for span in spans:
+        message = pb.ProvenanceSpan()
+        sampled = isinstance(span, SampledProvenanceSpan)
+        place = message.sampled_tokens if sampled else message.prompt_tokens
+        place.sequence_id, place.offset, place.length = span.sequence_id, span.offset, span.length
+        yield message
+
+
+def _setting(value: float | str) -> pb.LossConfigValue:
+    return pb.LossConfigValue(text=value) if isinstance(value, str) else pb.LossConfigValue(number=value)
+
+
+def _record(record: pb.ArrayRecord) -> list[dict[str, TensorData]]:
+    outputs: list[dict[str, TensorData]] = [{} for _ in range(record.num_datums)]
+    for name, field in record.fields.items():
+        offsets = np.frombuffer(field.offsets, "<i8").tolist()
+        for output, start, stop in zip(outputs, offsets[:-1], offsets[1:], strict=True):
+            values = _values(field.data[start:stop], field.dtype)
+            output[name] = TensorData(values.reshape(-1, *field.trailing_shape))
+    return outputs
+
+
+def _values(blob: bytes, dtype: pb.DType) -> Array:
+    if dtype == pb.DTYPE_BFLOAT16:
+        return (np.frombuffer(blob, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return array(pb.Tensor(dense=blob, dtype=dtype))
+
+
+# A field that is empty says as much as one that is not there: both mean "not asked for".
+
+
+def _floats(blob: bytes) -> npt.NDArray[np.float32] | None:
+    return np.frombuffer(blob, "<f4") if blob else None
+
+
+def _tensor(tensor: pb.Tensor) -> TensorData | None:
+    return TensorData(array(tensor)) if tensor.dtype else None
+
+
+def _topk(found: pb.TopkLogprobs) -> TopkLogprobs | None:
+    if not found.k:
+        return None
+    shape = (found.length, found.k)
+    token_ids = np.frombuffer(found.token_ids, "<i4", found.length * found.k)
+    logprobs = np.frombuffer(found.logprobs, "<f4", found.length * found.k)
+    return TopkLogprobs(token_ids.reshape(shape), logprobs.reshape(shape))

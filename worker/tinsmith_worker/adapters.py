@@ -1,0 +1,187 @@
+"""A LoRA adapter: its weights and optimizer state in flat buffers, with a view for every place it acts on.
+
+Shapes: R rank, I inputs and O outputs of a site, P parameters of an adapter (alignment included).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tinsmith.errors import InvalidInput
+
+from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
+
+Kind = Literal["attn", "mlp", "unembed"]
+Views = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Layout = tuple[tuple[str, int, tuple[int, ...]], ...]
+
+# Every tensor starts on 64 bytes in float32 and on 32 in bfloat16, as vector loads and grouped_mm like it.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map of the base that an adapter can act on; `name` is its module path, as in `lm_head`."""
+
+    name: str
+    kind: Kind
+    inputs: int
+    outputs: int
+
+
+def targets(spec: LoraSpec, kind: Kind) -> bool:
+    return {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}[kind]
+
+
+def lay_out(spec: LoraSpec, sites: Sequence[Site]) -> Layout:
+    """(name in PEFT's saved form, offset, shape) of every tensor, in the order of `sites`, A before B."""
+    layout: list[tuple[str, int, tuple[int, ...]]] = []
+    offset = 0
+    for site in sites:
+        if not targets(spec, site.kind):
+            continue
+        for matrix, shape in (("A", (spec.rank, site.inputs)), ("B", (site.outputs, spec.rank))):
+            layout.append((f"base_model.model.{site.name}.lora_{matrix}.weight", offset, shape))
+            offset += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return tuple(layout)
+
+
+class Adapter:
+    """One run's adapter, or a sampler's frozen one, on the base's device.
+
+    `weights` are the float32 masters [P]. `compute` is what the base multiplies with: a copy in the base's
+    dtype, or the masters themselves when that is float32. `views[site]` is (A [R, I], B [O, R]) of `compute`.
+    Gradient and moments are made at first use, so that a frozen adapter costs its weights alone.
+    """
+
+    def __init__(
+        self, spec: LoraSpec, sites: Sequence[Site], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """All weights zero; follow with `initialise` or `take`."""
+        self.spec = spec
+        self.scale = LORA_ALPHA / spec.rank
+        self.sites = tuple(site for site in sites if targets(spec, site.kind))
+        if not self.sites:
+            raise InvalidInput(
+                "this adapter would train nothing: set one of train_attn, train_mlp, train_unembed"
+            )
+        self.layout = lay_out(spec, sites)
+        _, offset, shape = self.layout[-1]
+        size = -(-(offset + math.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+        self.weights = torch.zeros(size, dtype=torch.float32, device=device)
+        self.compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
+        self.views = self._views(self.compute)
+        self.gradient: torch.Tensor | None = None
+        self.gradient_views: Views = {}
+        self.moment1: torch.Tensor | None = None
+        self.moment2: torch.Tensor | None = None
+        self.step = 0
+        self.has_gradient = False
+
+    def initialise(self) -> None:
+        """A as PEFT draws it, uniform in ±1/sqrt(I), B zero. The numbers follow from the seed, not the device."""
+        generator = torch.Generator().manual_seed(self.spec.seed % 2**64)
+        for name, offset, shape in self.layout:
+            if ".lora_A." in name:
+                drawn = torch.empty(shape)
+                torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+                self.weights[offset : offset + drawn.numel()] = drawn.view(-1).to(self.weights.device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring `compute` up to date with the masters."""
+        if self.compute is not self.weights:
+            self.compute.copy_(self.weights)
+
+    def open_gradient(self) -> None:
+        """Make the gradient buffer, zero, if there is none yet."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.weights)
+            self.gradient_views = self._views(self.gradient)
+
+    def open_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.moment1 is None or self.moment2 is None:
+            self.moment1, self.moment2 = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        return self.moment1, self.moment2
+
+    def clear_gradient(self) -> None:
+        if self.gradient is not None:
+            self.gradient.zero_()
+        self.has_gradient = False
+
+    def tensors_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat buffer [P], one for each entry of the layout."""
+        return [flat[offset : offset + math.prod(shape)].view(shape) for _, offset, shape in self.layout]
+
+    def take(self, state: AdapterState, *, optimizer: bool) -> None:
+        """Become what `state` says: its weights, and with `optimizer` its moments, step and gradient.
+
+        InvalidInput, with nothing changed, if its tensors are others than this adapter's.
+        """
+        moves = _moves(state, self.layout, self.weights.numel())
+        _fill(self.weights, state.weights, moves)
+        self.refresh()
+        self.moment1 = self.moment2 = None
+        self.step = 0
+        self.clear_gradient()
+        if not optimizer:
+            return
+        self.step = state.step
+        if state.moment1 is not None and state.moment2 is not None:
+            moment1, moment2 = self.open_moments()
+            _fill(moment1, state.moment1, moves)
+            _fill(moment2, state.moment2, moves)
+        if state.gradient is not None:
+            self.open_gradient()
+            assert self.gradient is not None
+            _fill(self.gradient, state.gradient, moves)
+            self.has_gradient = True
+
+    def state(self) -> AdapterState:
+        """A copy of everything in host memory. Waits for the device."""
+        return AdapterState(
+            spec=self.spec,
+            tensors=self.layout,
+            weights=_host(self.weights),
+            moment1=None if self.moment1 is None else _host(self.moment1),
+            moment2=None if self.moment2 is None else _host(self.moment2),
+            gradient=_host(self.gradient) if self.gradient is not None and self.has_gradient else None,
+            step=self.step,
+        )
+
+    def _views(self, flat: torch.Tensor) -> Views:
+        tensors = self.tensors_of(flat)
+        return {site.name: (tensors[2 * i], tensors[2 * i + 1]) for i, site in enumerate(self.sites)}
+
+
+_Move = tuple[int, int, int]  # from, to, how many elements
+
+
+def _moves(state: AdapterState, layout: Layout, size: int) -> list[_Move]:
+    """How the buffers of `state` map onto `layout`: in one stroke when both are laid out alike."""
+    theirs = {name: (offset, shape) for name, offset, shape in state.tensors}
+    ours = {name: shape for name, _, shape in layout}
+    if {name: shape for name, (_, shape) in theirs.items()} != ours:
+        odd = sorted(set(theirs) ^ set(ours))
+        raise InvalidInput(
+            f"these weights belong to an adapter of other tensors: {odd[0]} is in one of the two only"
+            if odd
+            else "these weights belong to an adapter of another rank or another base model"
+        )
+    if state.tensors == layout and state.weights.size == size:
+        return [(0, 0, size)]
+    return [(theirs[name][0], offset, math.prod(shape)) for name, offset, shape in layout]
+
+
+def _fill(target: torch.Tensor, source: npt.NDArray[np.float32], moves: list[_Move]) -> None:
+    on_host = torch.tensor(source)
+    for start, target_start, count in moves:
+        target[target_start : target_start + count].copy_(on_host[start : start + count])
+
+
+def _host(flat: torch.Tensor) -> npt.NDArray[np.float32]:
+    return flat.detach().to("cpu", copy=True).numpy()

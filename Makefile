@@ -1,0 +1,59 @@
+# make install   a virtual environment in .venv with everything in it
+# make demo      fine-tune a small model through a service of your own
+# make test      lint, types and tests
+# make bench-control, make proto, make lint, make gpu-check: see below
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.PHONY: install demo test lint bench-control proto gpu-check
+
+# Which Python makes the environment: the first that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Where pip finds PyTorch without CUDA, if not where it finds the rest (docs/decisions/0003-installing-torch.md).
+TORCH_INDEX ?=
+TORCH := $(shell sed -n 's/^ *"\(torch[><=].*\)",$$/\1/p' pyproject.toml)
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq
+WIRE := client/tinsmith/wire
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is missing (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=…"; exit 1; }
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
+	if [ -n "$(TORCH_INDEX)" ]; then
+		$(PIP) --index-url "$(TORCH_INDEX)" "$(TORCH)"
+	elif ! nvidia-smi -L >/dev/null 2>&1 && $(PIP) --dry-run --report - "$(TORCH)" | grep -c '"name": "nvidia-' >/dev/null; then
+		echo "Stopped: this machine has no NVIDIA GPU, yet pip would download PyTorch for CUDA (gigabytes). Name PyTorch's CPU index, its address is on PyTorch's install page: make install TORCH_INDEX=https://…"
+		exit 1
+	fi
+	echo "Installing into .venv; the first time this takes a few minutes"
+	$(PIP) -e '.[api,worker,cookbook,dev]'
+	touch $@
+
+demo: install
+	.venv/bin/python -m tinsmith_cookbook.demo
+
+test: install lint
+	.venv/bin/python -m pytest
+
+lint: install
+	.venv/bin/ruff check -q .
+	.venv/bin/ruff format -q --check . || { .venv/bin/ruff format --check . | head -20; exit 1; }
+	.venv/bin/mypy --no-error-summary
+
+# The control plane alone: a service with an engine that computes nothing.
+bench-control: install
+	.venv/bin/python tests/benchmarks/control.py $(ARGS)
+
+# Generate the codec from its schema.
+proto: install
+	.venv/bin/python -m grpc_tools.protoc -I $(WIRE) --python_out=$(WIRE) --pyi_out=$(WIRE) tinsmith.proto
+
+# On a CUDA machine with PyTorch and transformers, nothing installed.
+gpu-check:
+	PYTHONPATH=client:api:worker python3 tests/worker/gpu_check.py

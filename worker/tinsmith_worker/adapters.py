@@ -83,7 +83,7 @@ class Adapter:
         self.has_gradient = False
 
     def initialise(self) -> None:
-        """A as PEFT draws it, uniform in ±1/sqrt(I), B zero. The numbers follow from the seed, not the device."""
+        """A as PEFT draws it, uniform in ±1/sqrt(I), B zero. It depends on the seed, not on the device."""
         generator = torch.Generator().manual_seed(self.spec.seed % 2**64)
         for name, offset, shape in self.layout:
             if ".lora_A." in name:

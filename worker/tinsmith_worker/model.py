@@ -67,11 +67,11 @@ class Base:
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Read a model folder or a hub id. InvalidInput if its architecture is not supported."""
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         return cls(model.to(device=device), tokenizer=str(path))
 
     def forward(self, stream: Stream) -> torch.Tensor:
-        """Hidden states [T, D] after the final norm. With gradients on, their backward reaches the adapters."""
+        """Hidden states [T, D] after the final norm. With gradients on, backward reaches the adapters."""
         embedded_1TD = self._embedding(stream.tokens_T.unsqueeze(0))
         if torch.is_grad_enabled():
             # Every parameter is frozen: this is what makes autograd record the pass at all.
@@ -174,7 +174,7 @@ def _refuse_unsupported(model: Any, config: Any, architecture: str) -> None:
                     "as fused experts or convolutions do"
                 )
     for module in model.modules():
-        # These stretch all positions by the longest sequence at hand: a tenant's numbers would depend on others.
+        # These stretch all positions by the longest sequence at hand: tenants would change each other.
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             raise InvalidInput(refused + f"its rotary positions are of the type {module.rope_type!r}")
 

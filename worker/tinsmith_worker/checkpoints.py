@@ -1,0 +1,139 @@
+"""An adapter as files: PEFT's, readable by anyone, and beside them what exact continuation needs. No torch.
+
+adapter_config.json, adapter_model.safetensors   as PEFT saves them
+optimizer.safetensors                            moment1, moment2, gradient [P], step [1]; where there are any
+tinsmith.json                                    the spec, and where every tensor lies in the flat buffers
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+from tinsmith.errors import InvalidInput
+from tinsmith.wire.batch import Float32
+
+from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+SPEC = "tinsmith.json"
+
+_FORMAT = 1
+_Tensors = tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+def write(state: AdapterState, base_model: str) -> dict[str, bytes]:
+    """The files of `state`, by name. `read` gives the same bits back."""
+    weights = {name: _at(state.weights, offset, shape) for name, offset, shape in state.tensors}
+    files = {
+        CONFIG: _json(_peft_config(state, base_model)),
+        WEIGHTS: safetensors_numpy.save(weights, {"format": "pt"}),
+        SPEC: _json(
+            {
+                "format": _FORMAT,
+                "spec": vars(state.spec),
+                "size": state.weights.size,
+                "tensors": state.tensors,
+            }
+        ),
+    }
+    optimizer = {
+        name: np.ascontiguousarray(flat)
+        for name in ("moment1", "moment2", "gradient")
+        if (flat := getattr(state, name)) is not None
+    }
+    if optimizer or state.step:
+        files[OPTIMIZER] = safetensors_numpy.save(optimizer | {"step": np.array([state.step], np.int64)})
+    return files
+
+
+def read(files: Mapping[str, bytes]) -> AdapterState:
+    """The adapter in `files`; InvalidInput if one is missing or is not what `write` makes."""
+    try:
+        return _read(files)
+    except InvalidInput:
+        raise
+    except KeyError as missing:
+        raise InvalidInput(f"this is no adapter checkpoint: {missing} is missing") from None
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise InvalidInput(f"this is no adapter checkpoint: {error}") from None
+
+
+def _read(files: Mapping[str, bytes]) -> AdapterState:
+    about = json.loads(files[SPEC])
+    _expect(about["format"] == _FORMAT, f"{SPEC} is of format {about['format']}, not {_FORMAT}")
+    spec = LoraSpec(**about["spec"])
+    tensors = tuple(
+        (str(name), int(offset), tuple(map(int, shape))) for name, offset, shape in about["tensors"]
+    )
+    size = int(about["size"])
+    _check_layout(tensors, size)
+    given = safetensors_numpy.load(files[WEIGHTS])
+    weights = np.zeros(size, np.float32)
+    for name, offset, shape in tensors:
+        _expect(
+            given[name].shape == shape and given[name].dtype == np.float32, f"{name} is not float32 {shape}"
+        )
+        _at(weights, offset, shape)[...] = given[name]
+    optimizer = safetensors_numpy.load(files[OPTIMIZER]) if OPTIMIZER in files else {}
+    for name, values in optimizer.items():
+        expected = ((1,), "int64") if name == "step" else ((size,), "float32")
+        _expect(
+            (values.shape, values.dtype.name) == expected,
+            f"{name} in {OPTIMIZER} has the wrong shape or dtype",
+        )
+    return AdapterState(
+        spec=spec,
+        tensors=tensors,
+        weights=weights,
+        moment1=optimizer.get("moment1"),
+        moment2=optimizer.get("moment2"),
+        gradient=optimizer.get("gradient"),
+        step=int(optimizer["step"][0]) if optimizer else 0,
+    )
+
+
+def _check_layout(tensors: _Tensors, size: int) -> None:
+    """One after another within `size`, which is what gets allocated: hardly more than they need."""
+    end = 0
+    for name, offset, shape in tensors:
+        _expect(offset >= end and all(n > 0 for n in shape), f"{name} lies at {offset}, before {end}")
+        end = offset + math.prod(shape)
+    _expect(end <= size <= end + 1024, f"its tensors end at {end}, its size is {size}")
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise InvalidInput(f"this is no adapter checkpoint: {otherwise}")
+
+
+def _at(flat: Float32, offset: int, shape: tuple[int, ...]) -> Float32:
+    return flat[offset : offset + math.prod(shape)].reshape(shape)
+
+
+def _peft_config(state: AdapterState, base_model: str) -> dict[str, Any]:
+    modules = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name, _, _ in state.tensors}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": state.spec.rank,
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in modules}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=2).encode()

@@ -86,6 +86,14 @@ class Base:
         hidden_1TD: torch.Tensor = output.last_hidden_state
         return hidden_1TD.squeeze(0)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text unless a request says otherwise: its generation config's `eos_token_id`."""
+        given = self._model.generation_config.eos_token_id
+        if given is None:
+            return frozenset()
+        return frozenset([given] if isinstance(given, int) else given)
+
     def new_adapter(self, spec: LoraSpec) -> Adapter:
         """A fresh adapter, drawn from the spec's seed."""
         adapter = Adapter(spec, self.sites, device=self.device, dtype=self.dtype)

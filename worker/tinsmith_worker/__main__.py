@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinsmith_api.journal.objects import open_store
 from tinsmith_api.journal.store import Store
+
 from tinsmith_worker.channel import Channel
 from tinsmith_worker.contract import Engine, Sampler
 from tinsmith_worker.intake import Drain
@@ -21,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tinsmith worker", description=__doc__)
     parser.add_argument("--worker-id", required=True)
     parser.add_argument("--base-model", required=True, help="the name clients use")
-    parser.add_argument("--path", default=DEFAULT_PATH, help="a folder or a hub id; 'tiny': the built-in base")
+    parser.add_argument(
+        "--path", default=DEFAULT_PATH, help="a folder or a hub id; 'tiny': the built-in base"
+    )
     parser.add_argument("--journal", required=True, help="database URL")
     parser.add_argument("--objects", required=True, help="directory of checkpoints and snapshots")
     parser.add_argument("--data-dir", type=Path, required=True, help="where the built-in base is kept")

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
-
 from tinsmith.wire import samples
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.tables import sampled_sequences
+
 from tinsmith_worker.contract import SampledSequence, SampleOutput
 
 Json = dict[str, Any]
@@ -115,9 +115,7 @@ def _sequence(sequence: SampledSequence) -> pb.SampledSequence:
         logprobs=_float32(sequence.logprobs),
     )
     if sequence.topk is not None:
-        message.topk_sampled_logprobs.CopyFrom(
-            samples.topk(sequence.topk.token_ids, sequence.topk.logprobs)
-        )
+        message.topk_sampled_logprobs.CopyFrom(samples.topk(sequence.topk.token_ids, sequence.topk.logprobs))
     return message
 
 

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
 from tinsmith.wire.batch import TrainInput, TrainOutput
 
 LORA_ALPHA = 32
@@ -181,4 +180,3 @@ class Sampler(Protocol):
     def cancel(self, request_id: str) -> None: ...
     @property
     def busy(self) -> bool: ...
-

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
 from tinsmith.wire import tinsmith_pb2 as pb
@@ -21,6 +20,7 @@ from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import Damaged, ObjectStore
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Store
+
 from tinsmith_worker import checkpoints
 from tinsmith_worker.contract import AdapterState, Failure, ModelFacts, SampleInput
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-
 from tinsmith.wire.batch import TrainOutput
+
 from tinsmith_worker.contract import (
     AdamParams,
     AdapterState,
@@ -48,7 +48,13 @@ class NullEngine:
         self.restore(
             run_id,
             AdapterState(
-                state.spec, state.tensors, state.weights + 1, state.moment1, state.moment2, None, state.step + 1
+                state.spec,
+                state.tensors,
+                state.weights + 1,
+                state.moment1,
+                state.moment2,
+                None,
+                state.step + 1,
             ),
         )
         return {"grad_norm": 0.0, "step": float(state.step + 1), "learning_rate": params.learning_rate}

@@ -15,7 +15,6 @@ from typing import Any
 from uuid import uuid4
 
 import sqlalchemy as sa
-
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
 from tinsmith_api.journal import leases
@@ -24,6 +23,7 @@ from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import ObjectStore
 from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.store import Store
+
 from tinsmith_worker import answers, checkpoints
 from tinsmith_worker.channel import Channel
 from tinsmith_worker.contract import (
@@ -32,8 +32,8 @@ from tinsmith_worker.contract import (
     Engine,
     Failure,
     LoraSpec,
-    Sampler,
     SampleOutput,
+    Sampler,
     Work,
 )
 from tinsmith_worker.intake import (
@@ -236,7 +236,9 @@ class Worker:
             return
         for prepared, output in zip(work, outputs, strict=True):
             given = prepared.given
-            self._done(prepared.operation, lambda given=given, output=output: datums.write_output(given, output))
+            self._done(
+                prepared.operation, lambda given=given, output=output: datums.write_output(given, output)
+            )
 
     def _without_orphans(self, work: list[Prepared]) -> list[Prepared]:
         """Fail the operations of runs whose creation failed."""
@@ -245,7 +247,9 @@ class Worker:
             if self.engine.holds(prepared.operation.subject):
                 alive.append(prepared)
             else:
-                self._failed(prepared.operation, Failure("this run was never created: its create_model failed"))
+                self._failed(
+                    prepared.operation, Failure("this run was never created: its create_model failed")
+                )
         return alive
 
     def _recover(self, work: list[Prepared], error: Exception) -> None:
@@ -333,7 +337,9 @@ class Worker:
                 size = self.objects.put(given["object_prefix"], checkpoints.write(state, self.base_model))
             except Exception as error:
                 log.exception("saving %s failed", given["path"])
-                self._finish(operation, error=Failure(f"the checkpoint could not be written: {error}", "server"))
+                self._finish(
+                    operation, error=Failure(f"the checkpoint could not be written: {error}", "server")
+                )
                 return
             row = answers.checkpoint_row(operation, given, held.lease.lora, size)
             body = answers.json_body(answers.saved(operation, given))

@@ -15,7 +15,12 @@ class Attention(Protocol):
     """How the tokens of a stream see each other. Trainer and sampler bring their own."""
 
     def attend(
-        self, layer: int, query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query_THC: torch.Tensor,
+        key_TGC: torch.Tensor,
+        value_TGC: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
         """Causal attention of every token over its own sequence: [T, H, C]."""
         ...

@@ -42,7 +42,9 @@ def revoke_key(connection: sa.Connection, key_id: int) -> bool:
 
 
 def list_keys(connection: sa.Connection) -> list[sa.Row[Any]]:
-    statement = sa.select(keys.c.id, tenants.c.name.label("tenant"), keys.c.name, keys.c.created_at, keys.c.revoked_at)
+    statement = sa.select(
+        keys.c.id, tenants.c.name.label("tenant"), keys.c.name, keys.c.created_at, keys.c.revoked_at
+    )
     return list(connection.execute(statement.join(tenants).order_by(keys.c.id)).all())
 
 
@@ -69,7 +71,9 @@ def session(connection: sa.Connection, session_id: str, tenant_id: str) -> sa.Ro
 
 
 def heartbeat(connection: sa.Connection, session_id: str) -> None:
-    connection.execute(sa.update(sessions).where(sessions.c.id == session_id).values(heartbeat_at=time.time()))
+    connection.execute(
+        sa.update(sessions).where(sessions.c.id == session_id).values(heartbeat_at=time.time())
+    )
 
 
 def finish_session(connection: sa.Connection, session_id: str, reason: str, detail: str | None) -> None:

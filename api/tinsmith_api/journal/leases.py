@@ -46,7 +46,9 @@ def stop_worker(connection: sa.Connection, worker_id: str) -> None:
 
 
 def stop_all_workers(connection: sa.Connection) -> None:
-    connection.execute(sa.update(workers).where(workers.c.stopped_at.is_(None)).values(stopped_at=time.time()))
+    connection.execute(
+        sa.update(workers).where(workers.c.stopped_at.is_(None)).values(stopped_at=time.time())
+    )
 
 
 def facts_of(connection: sa.Connection, base_model: str) -> Json | None:

@@ -72,7 +72,7 @@ def submit(connection: sa.Connection, operation: Operation) -> tuple[Operation, 
     """Enter `operation`; (it, True). If its (subject, seq_id) was submitted before: (that one, False)."""
     new = replace(
         operation,
-        request_id=uuid.uuid4().hex,
+        request_id=operation.request_id or uuid.uuid4().hex,
         state=FAILED if operation.error else QUEUED,
         submitted_at=time.time(),
     )

@@ -2,7 +2,6 @@
 
 import sqlalchemy as sa
 from alembic import context
-
 from tinsmith_api.journal.tables import metadata
 
 connection = context.config.attributes.get("connection")

@@ -1,0 +1,66 @@
+"""The control plane as an ASGI application."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
+
+from tinsmith_api.bodies import TooLarge, UnsupportedEncoding, reply
+from tinsmith_api.owner import Gone
+from tinsmith_api.routes import futures, records, sampling, start, training
+from tinsmith_api.service import Service
+
+log = logging.getLogger("tinsmith")
+
+_STATUS: dict[type[Exception], int] = {
+    InvalidInput: 400,
+    AuthenticationError: 401,
+    NotFound: 404,
+    Gone: 410,
+    TooLarge: 413,
+    UnsupportedEncoding: 415,
+    # The base model is still loading. Clients repeat the call.
+    TimeoutError: 503,
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(title="Tinsmith", lifespan=lifespan)
+    app.state.service = service
+    for room in (start, futures, training, sampling, records):
+        app.include_router(room.router, prefix="/api/v1")
+    for kind, status in _STATUS.items():
+        app.add_exception_handler(kind, _answer_with(status))
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _unexpected)
+    return app
+
+
+def _answer_with(status: int):  # type: ignore[no-untyped-def]
+    async def answer(_: Request, error: Exception) -> Response:
+        return reply({"detail": str(error) or "not ready yet: try again"}, status)
+
+    return answer
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return reply({"detail": f"{where}: {first['msg']}"}, 422)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return reply({"detail": "an error of the service, not of your request; it is in its log"}, 500)

@@ -1,0 +1,71 @@
+"""stable_reinforce asks the server what it sampled: q comes from the server's own record, not from the caller.
+
+A datum's `loss_fn_input_spans` tile its target tokens and name the sampled sequences they came from. Where
+a span was sampled, `logprobs` becomes the record's and `sampled_mask` 1; elsewhere both are 0.
+"""
+
+import numpy as np
+import sqlalchemy as sa
+from tinsmith.errors import InvalidInput
+from tinsmith.wire import datums, samples
+from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.losses import REINFORCE_MASK
+
+from tinsmith_api.journal.tables import sampled_sequences
+from tinsmith_api.owner import Owner
+
+LOSS = "stable_reinforce"
+
+
+async def fill(mine: Owner, message: pb.ForwardBackwardRequest) -> None:
+    """Put `logprobs` and `sampled_mask` into every datum; InvalidInput if its spans do not say enough."""
+    wanted = {
+        span.sampled_tokens.sequence_id
+        for datum in message.data
+        for span in datum.loss_fn_input_spans
+        if span.WhichOneof("span") == "sampled_tokens"
+    }
+    statement = sa.select(sampled_sequences).where(
+        sampled_sequences.c.id.in_(wanted), sampled_sequences.c.tenant_id == mine.tenant_id
+    )
+    rows = await mine.service.read(lambda c: c.execute(statement).all())
+    records = {row.id: (np.frombuffer(row.tokens, "<i4"), np.frombuffer(row.logprobs, "<f4")) for row in rows}
+    for index, datum in enumerate(message.data):
+        try:
+            _fill_datum(datum, records)
+        except InvalidInput as error:
+            raise InvalidInput(f"datum {index}: {error}") from None
+
+
+def _fill_datum(datum: pb.Datum, records: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:  # type: ignore[type-arg]
+    if "target_tokens" not in datum.loss_fn_inputs:
+        raise InvalidInput("loss_fn_inputs lacks `target_tokens`")
+    targets = datums.array(datum.loss_fn_inputs["target_tokens"]).reshape(-1)
+    logprobs, mask = np.zeros(len(targets), np.float32), np.zeros(len(targets), np.float32)
+    row = 0
+    for span in datum.loss_fn_input_spans:
+        sampled = span.WhichOneof("span") == "sampled_tokens"
+        given = span.sampled_tokens if sampled else span.prompt_tokens
+        stop = row + given.length
+        if given.length < 0 or given.offset < 0 or stop > len(targets):
+            raise InvalidInput(f"loss_fn_input_spans cover more than its {len(targets)} targets")
+        if sampled:
+            if given.sequence_id not in records:
+                raise InvalidInput(
+                    f"no record of sequence {given.sequence_id!r}: sample with record_stability_info, "
+                    "and train within a day"
+                )
+            tokens, recorded = records[given.sequence_id]
+            part = slice(given.offset, given.offset + given.length)
+            if len(tokens[part]) != given.length or (tokens[part] != targets[row:stop]).any():
+                raise InvalidInput(
+                    f"targets {row}..{stop - 1} are not what sequence {given.sequence_id!r} sampled there"
+                )
+            logprobs[row:stop], mask[row:stop] = recorded[part], 1
+        row = stop
+    if row != len(targets):
+        raise InvalidInput(
+            f"loss_fn_input_spans cover {row} of its {len(targets)} targets; stable_reinforce needs all"
+        )
+    datum.loss_fn_inputs["logprobs"].CopyFrom(samples.dense(logprobs))
+    datum.loss_fn_inputs[REINFORCE_MASK].CopyFrom(samples.dense(mask))

@@ -1,0 +1,110 @@
+"""Start-up, sessions, heartbeats and telemetry: what a client calls around its work."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from tinsmith_api.bodies import Body, parse, read_body, reply
+from tinsmith_api.journal import identities
+from tinsmith_api.owner import Gone, Mine, service_of
+from tinsmith_api.service import Service
+
+router = APIRouter()
+
+
+@router.get("/healthz")
+async def healthz(service: Annotated[Service, Depends(service_of)]) -> Response:
+    """200 once every base model is loaded, 503 before."""
+    return reply({"status": "ok"}) if service.workers.ready else reply({"status": "starting"}, 503)
+
+
+@router.get("/get_server_capabilities")
+async def get_server_capabilities(mine: Mine) -> Response:
+    models = []
+    for name in mine.service.settings.models:
+        facts = await mine.service.facts(name)
+        models.append(
+            {
+                "model_name": name,
+                "max_context_length": facts.max_context_length,
+                "trainable": True,
+                "sampleable": True,
+            }
+        )
+    return reply({"supported_models": models})
+
+
+@router.post("/client/config")
+async def client_config(mine: Mine) -> Response:
+    # Everything else at the SDK's defaults. The last three switch older SDKs to the same paths as new ones.
+    return reply(
+        {
+            "parallel_fwdbwd_chunks": True,
+            "proto_write_fwdbwd": True,
+            "fwd_via_fwdbwd": True,
+            "create_model_via_load_weights": True,
+        }
+    )
+
+
+@router.post("/client/dynamic_config")
+async def client_dynamic_config(mine: Mine) -> Response:
+    return reply({})
+
+
+class CreateSession(Body):
+    tags: list[str] = []
+    user_metadata: dict[str, Any] = {}
+    sdk_version: str | None = None
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+@router.post("/create_session")
+async def create_session(mine: Mine, request: Request) -> Response:
+    body = parse(CreateSession, await read_body(request, mine.service.settings.max_body_bytes))
+    session_id = await mine.service.write(
+        lambda c: identities.create_session(c, mine.tenant_id, body.model_dump())
+    )
+    return reply({"session_id": session_id})
+
+
+class SessionHeartbeat(Body):
+    session_id: str
+
+
+@router.post("/session_heartbeat")
+async def session_heartbeat(mine: Mine, request: Request) -> Response:
+    body = parse(SessionHeartbeat, await read_body(request, mine.service.settings.max_body_bytes))
+    await mine.open_session(body.session_id)
+    await mine.service.write(lambda c: identities.heartbeat(c, body.session_id))
+    return reply({})
+
+
+class Reason(Body):
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishSession(Body):
+    reason: Reason
+    detail: str | None = None
+
+
+@router.post("/sessions/{session_id}/finish")
+async def finish_session(mine: Mine, session_id: str, request: Request) -> Response:
+    body = parse(FinishSession, await read_body(request, mine.service.settings.max_body_bytes))
+    session = await mine.session(session_id)
+    if session.finished_at is not None and session.finish_reason != body.reason.type:
+        raise Gone(f"session {session_id} was finished as {session.finish_reason} already")
+    await mine.service.write(
+        lambda c: identities.finish_session(c, session_id, body.reason.type, body.detail)
+    )
+    mine.forget_session(session_id)
+    return reply({})
+
+
+@router.post("/telemetry")
+async def telemetry(mine: Mine, request: Request) -> Response:
+    # Read and dropped: a batch may hold request headers, the key among them.
+    await read_body(request, mine.service.settings.max_body_bytes)
+    return reply({"status": "accepted"})

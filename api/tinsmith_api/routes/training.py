@@ -1,0 +1,455 @@
+"""Runs: creating them, training them, saving and loading their weights."""
+
+import asyncio
+import json
+import re
+import secrets
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+from tinsmith.errors import InvalidInput, NotFound
+from tinsmith.wire import datums, json_form
+from tinsmith.wire import tinsmith_pb2 as pb
+
+from tinsmith_api import provenance
+from tinsmith_api.bodies import Body, Model, parse, parse_any, read_body, reply
+from tinsmith_api.journal import checkpoints
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.operations import Operation, insert_if_new
+from tinsmith_api.journal.tables import runs
+from tinsmith_api.owner import Mine, Owner
+
+router = APIRouter()
+
+Json = dict[str, Any]
+
+# Unpacking a body larger than this takes longer than other requests should wait for the event loop.
+_UNPACK_IN_THREAD_BYTES = 1 << 20
+
+_NAME = re.compile(r"[A-Za-z0-9._=+@-][A-Za-z0-9._=+@ -]{0,254}")
+
+SeqId = Annotated[int, Field(ge=1, le=2**31 - 1)]
+TtlSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
+
+
+class LoraConfig(Body):
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class CreateModel(Body):
+    session_id: str
+    model_seq_id: int = Field(ge=0, le=2**31 - 1)
+    base_model: str
+    lora_config: LoraConfig = LoraConfig()
+    user_metadata: Json | None = None
+    optimizer_config: Json | None = None
+
+
+@router.post("/create_model")
+async def create_model(mine: Mine, request: Request) -> Response:
+    body = parse(CreateModel, await read_body(request, mine.service.settings.max_body_bytes))
+    await mine.open_session(body.session_id)
+    _check_optimizer(body.optimizer_config)
+    facts = await mine.service.facts(body.base_model)
+    given = body.lora_config
+    if not 1 <= given.rank <= facts.max_rank:
+        raise InvalidInput(f"lora_config.rank is {given.rank}: it must be between 1 and {facts.max_rank}")
+    if not (given.train_attn or given.train_mlp or given.train_unembed):
+        raise InvalidInput("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
+    # A seed is fixed here, so that a replay makes the same adapter.
+    lora = {**given.model_dump(), "seed": secrets.randbits(48) if given.seed is None else given.seed}
+    run_id = f"{body.session_id}:train:{body.model_seq_id}"
+    return reply(await _create(mine, run_id, body.session_id, body.base_model, lora, body.user_metadata, {}))
+
+
+class LoadWeights(Body):
+    path: str
+    optimizer: bool = False
+    session_id: str | None = None
+    model_seq_id: int | None = Field(None, ge=0, le=2**31 - 1)
+    base_model: str | None = None
+    user_metadata: Json | None = None
+    optimizer_config: Json | None = None
+    model_id: str | None = None
+    seq_id: SeqId | None = None
+    weights_access_token: str | None = None
+
+
+@router.post("/load_weights")
+async def load_weights(mine: Mine, request: Request) -> Response:
+    """Into a run (model_id, seq_id), or as a new run (session_id, model_seq_id)."""
+    raw = await read_body(request, mine.service.settings.max_body_bytes)
+    body = await _parse_call(mine, LoadWeights, raw)
+    if body.weights_access_token is not None:
+        raise InvalidInput("weights_access_token: loading another account's weights is not supported here")
+    if body.session_id is None:
+        if body.model_id is None or body.seq_id is None:
+            raise InvalidInput("load_weights needs model_id and seq_id, or session_id and model_seq_id")
+        run = await mine.run(body.model_id)
+        try:
+            payload = await _loadable(mine, body.path, run.base_model, body.optimizer)
+        except (InvalidInput, NotFound) as error:
+            return reply(await _refuse(mine, run, body.seq_id, ops.LOAD_WEIGHTS, error))
+        return reply(await _call(mine, run, body.seq_id, ops.LOAD_WEIGHTS, payload))
+    if body.model_seq_id is None:
+        raise InvalidInput("load_weights with a session_id needs model_seq_id")
+    await mine.open_session(body.session_id)
+    _check_optimizer(body.optimizer_config)
+    checkpoint = await mine.checkpoint(body.path)
+    run_of_checkpoint = await mine.run(checkpoint.run_id)
+    base_model = body.base_model or run_of_checkpoint.base_model
+    payload = await _loadable(mine, body.path, base_model, body.optimizer)
+    run_id = f"{body.session_id}:train:{body.model_seq_id}"
+    created = await _create(
+        mine, run_id, body.session_id, base_model, checkpoint.lora, body.user_metadata, payload
+    )
+    return reply(created)
+
+
+class GetInfo(Body):
+    model_id: str
+
+
+@router.post("/get_info")
+async def get_info(mine: Mine, request: Request) -> Response:
+    body = parse(GetInfo, await read_body(request, mine.service.settings.max_body_bytes))
+    run = await mine.run(body.model_id)
+    facts = await mine.service.facts(run.base_model)
+    return reply(
+        {
+            "type": "get_info",
+            "model_id": run.id,
+            "model_name": run.base_model,
+            "is_lora": True,
+            "lora_rank": run.lora["rank"],
+            "optimizer_config": {"type": "adamw"},
+            "model_data": {
+                "model_name": run.base_model,
+                "arch": facts.architecture,
+                "tokenizer_id": facts.tokenizer or run.base_model,
+            },
+        }
+    )
+
+
+@router.post("/forward_backward")
+async def forward_backward(mine: Mine, request: Request) -> Response:
+    body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
+    if "protobuf" in request.headers.get("content-type", ""):
+        return reply(await _forward_backward(mine, datums.parse(body), body))
+    return reply(await _forward_backward_json(mine, body, "forward_backward_input"))
+
+
+@router.post("/forward")
+async def forward(mine: Mine, request: Request) -> Response:
+    """Older clients only; newer ones send forward_backward with forward_only."""
+    body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
+    return reply(await _forward_backward_json(mine, body, "forward_input"))
+
+
+class Adam(Body):
+    learning_rate: float = Field(1e-4, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-12, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip_norm: float = Field(0.0, ge=0)
+
+
+class OptimStep(Body):
+    model_id: str
+    seq_id: SeqId
+    adam_params: Adam | None = None
+    optimizer_params: Json | None = None
+
+
+@router.post("/optim_step")
+async def optim_step(mine: Mine, request: Request) -> Response:
+    body = await _parse_call(mine, OptimStep, await read_body(request, mine.service.settings.max_body_bytes))
+    run = await mine.run(body.model_id)
+    if body.optimizer_params is not None:
+        error = InvalidInput("optimizer_params: this run is trained with adamw, send adam_params")
+        return reply(await _refuse(mine, run, body.seq_id, ops.OPTIM_STEP, error))
+    params = (body.adam_params or Adam()).model_dump()
+    return reply(await _call(mine, run, body.seq_id, ops.OPTIM_STEP, {"adam_params": params}))
+
+
+class SaveWeights(Body):
+    model_id: str
+    seq_id: SeqId
+    path: str | None = None
+    ttl_seconds: TtlSeconds | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, str] | None = None
+
+
+@router.post("/save_weights")
+async def save_weights(mine: Mine, request: Request) -> Response:
+    body = await _parse_call(
+        mine, SaveWeights, await read_body(request, mine.service.settings.max_body_bytes)
+    )
+    name = body.path if body.path is not None else f"checkpoint-{body.seq_id:06d}"
+    return reply(await _save(mine, ops.SAVE_WEIGHTS, "weights", body, name, overwrite=body.overwrite))
+
+
+class SaveWeightsForSampler(SaveWeights):
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+    sampling_session_seq_id: int | None = Field(None, ge=0)
+
+
+@router.post("/save_weights_for_sampler")
+async def save_weights_for_sampler(mine: Mine, request: Request) -> Response:
+    """Named: a checkpoint to sample from later. Unnamed: a sampling session on these weights, at once."""
+    raw = await read_body(request, mine.service.settings.max_body_bytes)
+    body = await _parse_call(mine, SaveWeightsForSampler, raw)
+    run = await mine.run(body.model_id)
+    if body.path is not None:
+        return reply(await _save(mine, ops.SAVE_WEIGHTS_FOR_SAMPLER, "sampler_weights", body, body.path))
+    if body.sampling_session_seq_id is None:
+        error = InvalidInput("save_weights_for_sampler needs a path or a sampling_session_seq_id")
+        return reply(await _refuse(mine, run, body.seq_id, ops.SAVE_WEIGHTS_FOR_SAMPLER, error))
+    if body.kind == "inflight":
+        error = InvalidInput("kind 'inflight' is not supported here: use 'snapshot'")
+        return reply(await _refuse(mine, run, body.seq_id, ops.SAVE_WEIGHTS_FOR_SAMPLER, error))
+    extra = {
+        "sampling_session_id": f"{run.session_id}:sample:{body.sampling_session_seq_id}",
+        "session_id": run.session_id,
+    }
+    name = f"unnamed-{body.seq_id:06d}"
+    return reply(await _save(mine, ops.SAVE_WEIGHTS_FOR_SAMPLER, "sampler_weights", body, name, extra=extra))
+
+
+class WeightsInfo(Body):
+    tinker_path: str
+
+
+@router.post("/weights_info")
+async def weights_info(mine: Mine, request: Request) -> Response:
+    body = parse(WeightsInfo, await read_body(request, mine.service.settings.max_body_bytes))
+    checkpoint = await mine.checkpoint(body.tinker_path)
+    run = await mine.run(checkpoint.run_id)
+    lora = checkpoint.lora
+    return reply(
+        {
+            "base_model": run.base_model,
+            "is_lora": True,
+            "lora_rank": lora["rank"],
+            "train_unembed": lora["train_unembed"],
+            "train_mlp": lora["train_mlp"],
+            "train_attn": lora["train_attn"],
+            "optimizer_config": {"type": "adamw"},
+        }
+    )
+
+
+# -- submitting ------------------------------------------------------------------------------------------
+
+
+async def _parse_call(mine: Owner, model: type[Model], raw: bytes) -> Model:
+    """As `parse`; but a call of a run that is refused here still counts as that run's number, or every
+    later call of the run would wait for it."""
+    try:
+        return parse(model, raw)
+    except InvalidInput as error:
+        given = parse_any(raw)
+        if isinstance(given, dict):
+            await _consume(mine, given.get("model_id"), given.get("seq_id"), error)
+        raise
+
+
+async def _consume(mine: Owner, run_id: object, seq_id: object, error: Exception) -> None:
+    if isinstance(run_id, str) and isinstance(seq_id, int) and 1 <= seq_id < 2**31:
+        await _refuse(mine, await mine.run(run_id), seq_id, "refused", error)
+
+
+async def _refuse(mine: Owner, run: Any, seq_id: int, kind: str, error: Exception) -> Json:
+    """Accept the call and fail it: its number is consumed, its future says what was wrong."""
+    return await mine.service.submit(
+        Operation(
+            run.id,
+            seq_id,
+            kind,
+            mine.tenant_id,
+            run.base_model,
+            error={"error": str(error), "category": "user"},
+        )
+    )
+
+
+async def _call(mine: Owner, run: Any, seq_id: int, kind: str, payload: Json, *also: Any) -> Json:
+    await mine.open_session(run.session_id)
+    operation = Operation(
+        run.id, seq_id, kind, mine.tenant_id, run.base_model, payload=json.dumps(payload).encode()
+    )
+    return await mine.service.submit(operation, *also)
+
+
+async def _create(
+    mine: Owner,
+    run_id: str,
+    session_id: str,
+    base_model: str,
+    lora: Json,
+    user_metadata: Json | None,
+    payload: Json,
+) -> Json:
+    """A run and its operation number 0."""
+
+    def insert_run(connection: sa.Connection) -> None:
+        row = {
+            "id": run_id,
+            "tenant_id": mine.tenant_id,
+            "session_id": session_id,
+            "base_model": base_model,
+            "lora": lora,
+            "user_metadata": user_metadata or {},
+            "created_at": time.time(),
+            "epoch": 0,
+            "snapshot_seq": -1,
+        }
+        insert_if_new(connection, runs, row)
+
+    operation = Operation(
+        run_id,
+        0,
+        ops.CREATE_MODEL,
+        mine.tenant_id,
+        base_model,
+        answer={"model_id": run_id},
+        payload=json.dumps(payload).encode(),
+    )
+    return await mine.service.submit(operation, insert_run)
+
+
+async def _forward_backward_json(mine: Owner, body: bytes, member: str) -> Json:
+    given = parse_any(body)
+    try:
+        message = json_form.read_request(given, member)
+    except InvalidInput as error:
+        if isinstance(given, dict):
+            await _consume(mine, given.get("model_id"), given.get("seq_id"), error)
+        raise
+    return await _forward_backward(mine, message, message.SerializeToString())
+
+
+async def _forward_backward(mine: Owner, message: pb.ForwardBackwardRequest, body: bytes) -> Json:
+    run = await mine.run(message.model_id)
+    await mine.open_session(run.session_id)
+    if message.seq_id < 1:
+        raise InvalidInput("seq_id must be 1 or more")
+    facts = await mine.service.facts(run.base_model)
+
+    def unpack() -> int:
+        return datums.read(
+            message, vocab_size=facts.vocab_size, max_context_length=facts.max_context_length
+        ).tokens
+
+    try:
+        if message.loss_fn == provenance.LOSS:
+            await provenance.fill(mine, message)
+            body = message.SerializeToString()
+        if len(body) > _UNPACK_IN_THREAD_BYTES:
+            tokens = await asyncio.to_thread(unpack)
+        else:
+            tokens = unpack()
+    except InvalidInput as error:
+        return await _refuse(mine, run, message.seq_id, ops.FORWARD_BACKWARD, error)
+    return await mine.service.submit(
+        Operation(
+            run.id,
+            message.seq_id,
+            ops.FORWARD_BACKWARD,
+            mine.tenant_id,
+            run.base_model,
+            tokens=tokens,
+            payload=body,
+        )
+    )
+
+
+async def _loadable(mine: Owner, path: str, base_model: str, optimizer: bool) -> Json:
+    """The payload that loads a checkpoint into a run of `base_model`."""
+    checkpoint = await mine.checkpoint(path)
+    run = await mine.run(checkpoint.run_id)
+    if run.base_model != base_model:
+        raise InvalidInput(f"{path} was trained on {run.base_model}, not on {base_model}")
+    if optimizer and checkpoint.kind != "weights":
+        raise InvalidInput(
+            f"{path} holds no optimizer state: load it with optimizer=false, or save with save_state"
+        )
+    return {"path": path, "optimizer": optimizer, "object_prefix": checkpoint.object_prefix}
+
+
+async def _save(
+    mine: Owner,
+    operation_kind: str,
+    kind: str,
+    body: SaveWeights,
+    name: str,
+    *,
+    overwrite: bool = False,
+    extra: Json | None = None,
+) -> Json:
+    run = await mine.run(body.model_id)
+    if not _NAME.fullmatch(name):
+        error = InvalidInput(
+            f"{name!r} cannot name a checkpoint: use letters, digits and . _ - = + @, no slash, at most 255"
+        )
+        return await _refuse(mine, run, body.seq_id, operation_kind, error)
+    path = checkpoints.path_of(run.id, kind, name)
+    request_id = uuid.uuid4().hex
+    payload = {
+        "path": path,
+        "kind": kind,
+        "name": name,
+        # Its own folder for every save: what was saved under the name before stays until this one is whole.
+        "object_prefix": f"checkpoints/{run.id}/{request_id}",
+        "ttl_seconds": body.ttl_seconds,
+        "user_metadata": body.user_metadata,
+        **(extra or {}),
+    }
+    reservation = {
+        "path": path,
+        "run_id": run.id,
+        "tenant_id": mine.tenant_id,
+        "kind": kind,
+        "name": name,
+        "request_id": request_id,
+        "listed": not extra,
+        "object_prefix": payload["object_prefix"],
+        "lora": run.lora,
+        "user_metadata": body.user_metadata or {},
+    }
+    taken = {
+        "error": f"{path} exists: choose another name, or save with overwrite=true",
+        "category": "user",
+    }
+
+    def reserve(connection: sa.Connection) -> None:
+        if not checkpoints.reserve(connection, reservation) and not overwrite:
+            ops.finish(connection, request_id, run_id=None, worker_id="", epoch=-1, error=taken)
+
+    await mine.open_session(run.session_id)
+    operation = Operation(
+        run.id,
+        body.seq_id,
+        operation_kind,
+        mine.tenant_id,
+        run.base_model,
+        request_id=request_id,
+        payload=json.dumps(payload).encode(),
+    )
+    return await mine.service.submit(operation, reserve)
+
+
+def _check_optimizer(config: Json | None) -> None:
+    if config is not None and config.get("type", "adamw") != "adamw":
+        raise InvalidInput(f"optimizer_config.type {config['type']!r} is not supported: use 'adamw'")

@@ -1,0 +1,88 @@
+"""`tinsmith serve`: the whole service in one command."""
+
+import fcntl
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from tinsmith_api.app import make_app
+from tinsmith_api.journal import identities
+from tinsmith_api.service import Service
+from tinsmith_api.settings import Settings
+
+
+def serve(settings: Settings) -> None:
+    """Run until interrupted. Exits with a sentence if the port or the data directory is taken."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    guard = _own(settings.folder)
+    listener = _listen(settings.host, settings.port)
+    service = Service(settings)
+    key = local_key(settings.folder)
+    service.journal.write(lambda c: identities.create_key(c, "local", key=key)).result()
+    host, port = listener.getsockname()[:2]
+    _greet(f"http://{host}:{port}", key, settings)
+    config = uvicorn.Config(
+        make_app(service), access_log=False, log_level="warning", timeout_graceful_shutdown=5
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+    guard.close()
+
+
+def local_key(folder: Path) -> str:
+    """TINSMITH_API_KEY, or the key made at the first start and kept beside the data, readable by its owner."""
+    if given := os.environ.get("TINSMITH_API_KEY"):
+        if not given.startswith(identities.KEY_PREFIX):
+            sys.exit(
+                f"tinsmith: TINSMITH_API_KEY must begin with {identities.KEY_PREFIX!r}, or clients refuse it"
+            )
+        return given
+    file = folder / "key"
+    if file.exists():
+        return file.read_text().strip()
+    from secrets import token_urlsafe
+
+    key = identities.KEY_PREFIX + token_urlsafe(32)
+    with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
+        out.write(key + "\n")
+    return key
+
+
+def _own(folder: Path) -> Any:
+    """One service per data directory."""
+    guard = open(folder / "lock", "w")  # noqa: SIM115 - held as long as the process lives
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"tinsmith: another service is using {folder}: stop it, or choose another --data-dir")
+    return guard
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        sys.exit(f"tinsmith: cannot listen on {host}:{port} ({error.strerror}): choose another --port")
+    return listener
+
+
+def _greet(address: str, key: str, settings: Settings) -> None:
+    model = next(iter(settings.models))
+    print(
+        f"""Tinsmith is starting on {address} with {", ".join(settings.models)}.
+Point the official SDK at it:
+
+  export TINKER_BASE_URL={address}
+  export TINKER_API_KEY={key}
+  python -c 'import tinker; print(tinker.ServiceClient().create_lora_training_client("{model}").get_info())'
+
+Stop with Ctrl-C. Nothing is lost: start it again on {settings.folder} and runs go on.""",
+        flush=True,
+    )

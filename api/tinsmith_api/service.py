@@ -1,0 +1,159 @@
+"""What the routes share: the journal, the workers, who waits for what, and a few short memories."""
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from tinsmith.errors import InvalidInput
+
+from tinsmith_api.embedded import Workers
+from tinsmith_api.journal import checkpoints, leases
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.objects import ObjectStore, open_store
+from tinsmith_api.journal.operations import Operation
+from tinsmith_api.journal.store import Result, Statement, Store
+from tinsmith_api.journal.tables import sampled_sequences
+from tinsmith_api.settings import Settings
+
+Value = TypeVar("Value")
+
+_DAY_SECONDS = 86400.0
+_HOUSEKEEPING_SECONDS = 60.0
+
+
+class Memory(Generic[Value]):
+    """What was read lately: at most `size` values, each for `seconds`."""
+
+    def __init__(self, seconds: float, size: int = 4096) -> None:
+        self.seconds = seconds
+        self.size = size
+        self._values: dict[str, tuple[float, Value]] = {}
+
+    def get(self, key: str) -> Value | None:
+        found = self._values.get(key)
+        return found[1] if found and found[0] > time.monotonic() else None
+
+    def put(self, key: str, value: Value) -> Value:
+        if len(self._values) >= self.size:
+            self._values.pop(next(iter(self._values)))
+        self._values[key] = (time.monotonic() + self.seconds, value)
+        return value
+
+    def forget(self, key: str) -> None:
+        self._values.pop(key, None)
+
+
+class Wakeups:
+    """Who waits for which future. `wake` costs nothing when nobody does."""
+
+    def __init__(self) -> None:
+        self._waiting: defaultdict[str, list[asyncio.Event]] = defaultdict(list)
+
+    @contextlib.contextmanager
+    def expecting(self, request_id: str) -> Iterator[asyncio.Event]:
+        event = asyncio.Event()
+        self._waiting[request_id].append(event)
+        try:
+            yield event
+        finally:
+            self._waiting[request_id].remove(event)
+            if not self._waiting[request_id]:
+                del self._waiting[request_id]
+
+    def wake(self, request_id: str) -> None:
+        for event in self._waiting.get(request_id, ()):
+            event.set()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What validation needs to know of a base model."""
+
+    vocab_size: int
+    max_context_length: int
+    max_rank: int
+    architecture: str
+    tokenizer: str
+
+
+class Service:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Store(f"sqlite:///{settings.folder / 'journal.db'}")
+        self.objects: ObjectStore = open_store(str(settings.folder / "objects"))
+        self.wakeups = Wakeups()
+        self.workers = Workers(settings, self.journal, self.wakeups.wake)
+        self.key_owners: Memory[str] = Memory(seconds=10)
+        self.owned: Memory[Any] = Memory(seconds=10)
+        self._facts: dict[str, Facts] = {}
+        self._housekeeping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self.workers.start()
+        self._housekeeping = asyncio.create_task(self._keep_house())
+
+    async def stop(self) -> None:
+        if self._housekeeping:
+            self._housekeeping.cancel()
+        await self.workers.stop()
+        self.journal.close()
+
+    async def write(self, statement: Statement[Result]) -> Result:
+        return await asyncio.wrap_future(self.journal.write(statement))
+
+    async def read(self, statement: Statement[Result]) -> Result:
+        return await asyncio.wrap_future(self.journal.read(statement))
+
+    async def submit(self, operation: Operation, *also: Statement[object]) -> dict[str, Any]:
+        """Journal one operation (and what belongs to it), ring for its worker; what the client is told."""
+
+        def statement(connection: Any) -> tuple[Operation, bool]:
+            entered, is_new = ops.submit(connection, operation)
+            if is_new:
+                for part in also:
+                    part(connection)
+            return entered, is_new
+
+        entered, is_new = await self.write(statement)
+        if is_new or entered.state == ops.QUEUED:
+            self.workers.ring(entered.base_model, entered.request_id)
+        return {"request_id": entered.request_id, **(entered.answer or {})}
+
+    async def facts(self, base_model: str) -> Facts:
+        """InvalidInput with the list of models if there is none of that name; waits for a worker that starts."""
+        self.check_model(base_model)
+        if base_model not in self._facts:
+            child = self.workers.children[base_model]
+            await asyncio.wait_for(child.ready.wait(), timeout=50)
+            found = await self.read(lambda c: leases.facts_of(c, base_model))
+            assert found is not None, base_model
+            self._facts[base_model] = Facts(**found)
+        return self._facts[base_model]
+
+    def check_model(self, base_model: str) -> None:
+        if base_model not in self.settings.models:
+            raise InvalidInput(
+                f"unknown base_model {base_model!r}: this service has {', '.join(sorted(self.settings.models))}"
+            )
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+            await self.keep_house()
+
+    async def keep_house(self) -> None:
+        """Expire checkpoints, delete what nothing refers to, forget results nobody fetched for a day."""
+        await self.write(checkpoints.expire)
+        for prefix in await self.read(checkpoints.due_garbage):
+            await asyncio.to_thread(self.objects.delete, prefix)
+            await self.write(lambda c, prefix=prefix: checkpoints.forget_garbage(c, prefix))
+        day_ago = time.time() - _DAY_SECONDS
+        await self.write(lambda c: ops.purge_results(c, finished_before=day_ago))
+        await self.write(
+            lambda c: c.execute(sampled_sequences.delete().where(sampled_sequences.c.created_at < day_ago))
+        )

@@ -85,7 +85,7 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
         expected = ((1,), "int64") if name == "step" else ((size,), "float32")
         _expect(
             (values.shape, values.dtype.name) == expected,
-            f"{name} in {OPTIMIZER} has the wrong shape or dtype",
+            f"{name} is not {expected[1]} {expected[0]}",
         )
     return AdapterState(
         spec=spec,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from tinsmith.errors import InvalidInput
-from tinsmith.wire.batch import TrainInput, TrainOutput
+from tinsmith.wire.batch import Int64, TrainInput, TrainOutput
 
 from tinsmith_worker import losses, optim
 from tinsmith_worker.adapters import Adapter
@@ -36,26 +36,17 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Datums [first, last) of an operation: `rows` of its arrays. Never cut, so never split between passes."""
+    """Some whole datums of an operation, which go through the model in one pass: `rows` of its arrays."""
 
     adapter: Adapter
     given: TrainInput
-    first: int
-    last: int
+    rows: slice
+    lengths_S: Int64
     results: torch.Tensor  # [tokens of the operation, K + 1]: logprobs, then the loss of the row
 
     @property
-    def rows(self) -> slice:
-        offsets_S = self.given.offsets_S
-        return slice(int(offsets_S[self.first]), int(offsets_S[self.last]))
-
-    @property
-    def lengths_S(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        return self.given.lengths_S[self.first : self.last]
-
-    @property
     def tokens(self) -> int:
-        return int(self.lengths_S.sum())
+        return int(self.rows.stop - self.rows.start)
 
 
 class TorchEngine:
@@ -124,7 +115,8 @@ class TorchEngine:
         while first < datums:
             limit = offsets_S[first] + self._settings.max_tokens_per_pass
             last = max(first + 1, int(np.searchsorted(offsets_S, limit, side="right")) - 1)
-            pieces.append(_Piece(adapter, work.given, first, last, results))
+            rows = slice(int(offsets_S[first]), int(offsets_S[last]))
+            pieces.append(_Piece(adapter, work.given, rows, work.given.lengths_S[first:last], results))
             first = last
         return pieces
 
@@ -181,8 +173,9 @@ class TorchEngine:
         )
 
     def _bucket(self, tokens: int) -> int:
-        """Rows of the stream for so many tokens. On a GPU the kernels of a product, and with them the bits, may
-        follow from the number of rows: there the deterministic engine knows one size only."""
+        """Rows of the stream for so many tokens. On a GPU a product's kernel, and with it the bits, may
+        follow from the number of rows: there the deterministic engine knows one size only.
+        """
         if self._settings.deterministic and self.base.device.type == "cuda":
             tokens = max(tokens, self._settings.max_tokens_per_pass)
         return -(-tokens // _LEAST_ROWS) * _LEAST_ROWS

@@ -88,7 +88,7 @@ class Base:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The tokens that end a text unless a request says otherwise: its generation config's `eos_token_id`."""
+        """The tokens that end a text unless a request says otherwise: its generation config names them."""
         given = self._model.generation_config.eos_token_id
         if given is None:
             return frozenset()

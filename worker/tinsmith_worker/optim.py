@@ -25,8 +25,8 @@ def step(adapter: Adapter, params: AdamParams) -> dict[str, float] | Failure:
     if not math.isfinite(grad_norm):
         adapter.clear_gradient()
         return Failure(
-            f"the gradient is not finite (its norm is {grad_norm}): it was cleared and the weights were left as "
-            "they were; look for extreme weights, advantages or logprobs in the batches since the last optim_step"
+            f"the gradient is not finite (its norm is {grad_norm}): it was cleared and the weights were left "
+            "as they were; look for extreme weights, advantages or logprobs in the batches of this step"
         )
     if params.grad_clip_norm > 0:
         gradient.mul_((params.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -16,6 +16,19 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 TORCH_INDEX ?=
 TORCH := $(shell sed -n 's/^ *"\(torch[><=].*\)",$$/\1/p' pyproject.toml)
 
+# Which torch pip would take, from the index pages alone: a --dry-run may download every wheel to read it.
+FINDS_CPU_TORCH := { .venv/bin/pip index versions torch 2>/dev/null || true; } | .venv/bin/python -c "$$CHOSEN_IS_CPU" '$(TORCH)'
+define CHOSEN_IS_CPU
+import sys
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.version import Version
+allowed = Requirement(sys.argv[1]).specifier
+listed = sys.stdin.read().partition("Available versions: ")[2].split("\n")[0]
+found = [v for v in map(Version, listed.split(", ")) if v in allowed] if listed else []
+sys.exit(bool(found) and max(found).local != "cpu")
+endef
+export CHOSEN_IS_CPU
+
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq
 WIRE := client/tinsmith/wire
 
@@ -27,8 +40,8 @@ install: .venv/.installed
 	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
 	if [ -n "$(TORCH_INDEX)" ]; then
 		$(PIP) --index-url "$(TORCH_INDEX)" "$(TORCH)"
-	elif ! nvidia-smi -L >/dev/null 2>&1 && $(PIP) --dry-run --report - "$(TORCH)" | grep -c '"name": "nvidia-' >/dev/null; then
-		echo "Stopped: this machine has no NVIDIA GPU, yet pip would download PyTorch for CUDA (gigabytes). Name PyTorch's CPU index, its address is on PyTorch's install page: make install TORCH_INDEX=https://…"
+	elif [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && ! $(FINDS_CPU_TORCH); then
+		echo "Stopped: this machine has no NVIDIA GPU, yet pip would download PyTorch for CUDA (gigabytes). Give the address of PyTorch's CPU index, which PyTorch's install page names: make install TORCH_INDEX=https://…"
 		exit 1
 	fi
 	echo "Installing into .venv; the first time this takes a few minutes"

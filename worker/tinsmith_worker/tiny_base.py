@@ -1,4 +1,4 @@
-"""A base model of four million parameters that needs no download: made on first use, the same bytes everywhere.
+"""A base model of four million parameters without a download: made on first use, the same bytes everywhere.
 
 Its architecture is Qwen3's and its chat format ChatML, so whatever works on it works on the real ones. The
 weights are random: it knows nothing until a LoRA teaches it. The tokenizer is a byte-level BPE trained on
@@ -24,6 +24,7 @@ HIDDEN, INTERMEDIATE, LAYERS = 256, 768, 4
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 CONTEXT = 4096
 SEED = 20250711
+EMBEDDING_SCALE = 0.02
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT, _, END_OF_TURN = range(len(SPECIAL_TOKENS))  # the trainer numbers special tokens first
@@ -75,7 +76,9 @@ def _write(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     _write_json(folder / "tokenizer_config.json", _tokenizer_config())
-    _write_json(folder / "generation_config.json", {"eos_token_id": [END_OF_TURN, END_OF_TEXT], "pad_token_id": 0})
+    _write_json(
+        folder / "generation_config.json", {"eos_token_id": [END_OF_TURN, END_OF_TEXT], "pad_token_id": 0}
+    )
     save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _config())
     for file in folder.iterdir():
@@ -138,7 +141,10 @@ def _weights() -> dict[str, npt.NDArray[np.float32]]:
 
     inner = HEADS * HEAD_DIM
     residual = EMBEDDING_SCALE / np.sqrt(2 * LAYERS)
-    weights = {"model.embed_tokens.weight": normal(VOCAB_SIZE, HIDDEN, EMBEDDING_SCALE), "model.norm.weight": ones(HIDDEN)}
+    weights = {
+        "model.embed_tokens.weight": normal(VOCAB_SIZE, HIDDEN, EMBEDDING_SCALE),
+        "model.norm.weight": ones(HIDDEN),
+    }
     for layer in range(LAYERS):
         at = f"model.layers.{layer}."
         weights |= {
@@ -157,14 +163,14 @@ def _weights() -> dict[str, npt.NDArray[np.float32]]:
     return weights
 
 
-EMBEDDING_SCALE = 0.02
-
-
 def _tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -179,48 +185,59 @@ def _tokenizer() -> Tokenizer:
 
 _LISTS: dict[str, str] = {
     "the": "the the the a this that every another our their my your his her its",
-    "adjective": """able bad big black blue bright brown calm careful cheap clean clear cold common cool correct dark
-        deep different difficult dry early easy empty exact fair famous fast final fine first fresh full general gentle
-        good great green happy hard heavy high honest hot huge important interesting kind large last late light little
-        long loud low main modern narrow near new next nice old open ordinary own past perfect plain poor possible
-        present private public quick quiet rare ready real red rich right round safe same sharp short simple single
-        slow small smooth soft solid special strange strong sudden sweet tall thick thin tiny useful usual warm weak
-        wet white whole wide wild wise wrong yellow young""",
-    "noun": """animal answer apple army art baby bag ball bank bird boat body book bottle box boy bread bridge brother
-        building bus cake car cat century chair change child church city class clock cloud coat coffee color company
-        computer corner country course cup daughter day desk dinner doctor dog door dream edge egg energy engine
-        evening example eye face fact family farm farmer father field fire fish floor flower food foot forest friend
-        fruit game garden girl glass government grass group hand hat head heart history hole home horse hospital hour
-        house idea island job journey key king kitchen lake lamp language law leaf lesson letter library line list
-        machine man map market meal meeting message metal middle milk minute mirror model moment money month moon
-        morning mother mountain mouth movie music name nature night noise north number ocean office oil orange page
-        paper parent park part party path pen people person picture piece place plan planet plant plate point poem
-        price problem question rain reason restaurant result rice river road rock roof room rule salt school science
-        sea season seat second sentence shape ship shirt shop side sign sister size sky snow soldier son song sound
-        soup south space spring square star station stone store storm story street student sugar summer sun surface
-        system table teacher team telephone theater thing time tool town train tree trip truth uncle university
-        village voice wall war water weather week west wheel wife wind window winter woman word work world writer
-        year""",
-    "verb": """accept add answer arrive ask become begin believe break bring build buy call carry catch change choose
-        climb close collect come compare cook count cover cross cut dance decide describe draw drink drive eat
-        explain fall feel fight fill find finish follow forget give grow happen hear help hide hold hope imagine
-        improve join jump keep know laugh learn leave lift like listen live look love make mean measure meet move
-        need notice offer open paint pass pay pick play point prepare promise pull push put reach read receive
-        remember repeat return run save say see seem sell send share show sing sit sleep smile speak spend stand
-        start stay stop study suggest swim take talk teach tell thank think throw touch travel try turn understand
-        use visit wait walk want warn wash watch wear win wish wonder write""",
-    "adverb": """again almost already also always away carefully early easily even finally here indeed just later
-        maybe never now often once only perhaps quickly quietly rather really sometimes soon still suddenly then
-        there today together tomorrow usually very well yesterday""",
-    "link": "about across after against along among around at before behind below beside between beyond by for from "
-    "in inside into like near of off on onto over since through to toward under until up upon with within without",
+    "adjective": """
+        able bad big black blue bright brown calm careful cheap clean clear cold common cool correct dark
+        deep different difficult dry early easy empty exact fair famous fast final fine first fresh full
+        general gentle good great green happy hard heavy high honest hot huge important interesting kind
+        large last late light little long loud low main modern narrow near new next nice old open ordinary
+        own past perfect plain poor possible present private public quick quiet rare ready real red rich
+        right round safe same sharp short simple single slow small smooth soft solid special strange strong
+        sudden sweet tall thick thin tiny useful usual warm weak wet white whole wide wild wise wrong yellow
+        young""",
+    "noun": """
+        animal answer apple army art baby bag ball bank bird boat body book bottle box boy bread bridge
+        brother building bus cake car cat century chair change child church city class clock cloud coat
+        coffee color company computer corner country course cup daughter day desk dinner doctor dog door
+        dream edge egg energy engine evening example eye face fact family farm farmer father field fire fish
+        floor flower food foot forest friend fruit game garden girl glass government grass group hand hat
+        head heart history hole home horse hospital hour house idea island job journey key king kitchen lake
+        lamp language law leaf lesson letter library line list machine man map market meal meeting message
+        metal middle milk minute mirror model moment money month moon morning mother mountain mouth movie
+        music name nature night noise north number ocean office oil orange page paper parent park part party
+        path pen people person picture piece place plan planet plant plate point poem price problem question
+        rain reason restaurant result rice river road rock roof room rule salt school science sea season
+        seat second sentence shape ship shirt shop side sign sister size sky snow soldier son song sound
+        soup south space spring square star station stone store storm story street student sugar summer sun
+        surface system table teacher team telephone theater thing time tool town train tree trip truth uncle
+        university village voice wall war water weather week west wheel wife wind window winter woman word
+        work world writer year""",
+    "verb": """
+        accept add answer arrive ask become begin believe break bring build buy call carry catch change
+        choose climb close collect come compare cook count cover cross cut dance decide describe draw drink
+        drive eat explain fall feel fight fill find finish follow forget give grow happen hear help hide
+        hold hope imagine improve join jump keep know laugh learn leave lift like listen live look love make
+        mean measure meet move need notice offer open paint pass pay pick play point prepare promise pull
+        push put reach read receive remember repeat return run save say see seem sell send share show sing
+        sit sleep smile speak spend stand start stay stop study suggest swim take talk teach tell thank
+        think throw touch travel try turn understand use visit wait walk want warn wash watch wear win wish
+        wonder write""",
+    "adverb": """
+        again almost already also always away carefully early easily even finally here indeed just later
+        maybe never now often once only perhaps quickly quietly rather really sometimes soon still suddenly
+        then there today together tomorrow usually very well yesterday""",
+    "link": """
+        about across after against along among around at before behind below beside between beyond by for
+        from in inside into like near of off on onto over since through to toward under until up upon with
+        within without""",
     "clause": "and but because although if when while so before after unless until where though since",
-    "person": """I you he she we they everyone somebody nobody it""",
-    "modal": "can could did does do will would should must may might was is are were has had have did not does not "
-    "can not will not",
+    "person": "I you he she we they everyone somebody nobody it",
+    "modal": """
+        can could did does do will would should must may might was is are were has had have did not does not
+        can not will not""",
     "ask": "What Who Where When Why How Which",
-    "syllable": "ba be bo ca ce da den di do el en er fa fi ga gu ha hol in is ka ki ko la len li lo ma mer mi mo na "
-    "ne ni nor o ol pa pe ra ri ro sa se si so sta ta te ti to tra u va ve vi wa wen xi ya za zu",
+    "syllable": """
+        ba be bo ca ce da den di do el en er fa fi ga gu ha hol in is ka ki ko la len li lo ma mer mi mo na
+        ne ni nor o ol pa pe ra ri ro sa se si so sta ta te ti to tra u va ve vi wa wen xi ya za zu""",
 }
 _ASKING = (
     "{ask} {modal} the {noun} of {name}?",

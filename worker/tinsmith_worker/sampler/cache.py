@@ -1,0 +1,168 @@
+"""The keys and values of the sequences under way, one slot each, and the two ways to attend to them.
+
+Shapes: S slots, L length of a slot, N rows (one token of N sequences), T packed tokens, H query heads,
+G key/value heads, C channels of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+_STEP = 128  # slots grow by so many tokens: copying the cache at every token would be all we do
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions [start, stop) of the sequence in `slot`: the next `stop - start` rows of a stream."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+class Cache:
+    """[S, G, L, C] keys and values for each layer, made as the layers first appear.
+
+    Slots are used densely from 0. What lies past the end of a sequence is finite, so that a mask can remove
+    it (0 * NaN would not be 0): a slot given up must be made `clean`.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.slots = 0
+        self.length = 0
+
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes in all layers; 0 before the first pass."""
+        tensors = (*self.keys, *self.values)
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Hold at least `slots` x `length`; what the first `slots` slots have is kept."""
+        if slots <= self.slots and length <= self.length:
+            return
+        self.slots, self.length = slots + slots // 4, -(-length // _STEP) * _STEP
+        for layer in range(len(self.keys)):
+            # One at a time: a layer's old tensor is free before the next one grows.
+            self.keys[layer] = self._grown(self.keys[layer])
+            self.values[layer] = self._grown(self.values[layer])
+
+    def copy(self, source: int, target: int) -> None:
+        for tensor_SGLC in (*self.keys, *self.values):
+            tensor_SGLC[target] = tensor_SGLC[source]
+
+    def clean(self, slot: int) -> None:
+        for tensor_SGLC in (*self.keys, *self.values):
+            tensor_SGLC[slot].zero_()
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.keys, self.values = [], []
+        self.slots = self.length = 0
+
+    def layer(self, layer: int, like_TGC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values, made in the form of `like_TGC` if this is its first pass."""
+        while len(self.keys) <= layer:
+            shape = (self.slots, like_TGC.shape[1], self.length, like_TGC.shape[2])
+            self.keys.append(like_TGC.new_zeros(shape))
+            self.values.append(like_TGC.new_zeros(shape))
+        return self.keys[layer], self.values[layer]
+
+    def _grown(self, old_SGLC: torch.Tensor) -> torch.Tensor:
+        new_SGLC = old_SGLC.new_zeros((self.slots, old_SGLC.shape[1], self.length, old_SGLC.shape[3]))
+        slots, length = min(self.slots, old_SGLC.shape[0]), min(self.length, old_SGLC.shape[2])
+        new_SGLC[:slots, :, :length] = old_SGLC[:slots, :, :length]
+        return new_SGLC
+
+
+class Prefill:
+    """Attention of a stream made of pieces of prompts: store what they bring, attend over all their past."""
+
+    def __init__(self, cache: Cache, pieces: Sequence[Piece]) -> None:
+        self.cache = cache
+        self.pieces = pieces
+
+    def attend(
+        self,
+        layer: int,
+        query_THC: torch.Tensor,
+        key_TGC: torch.Tensor,
+        value_TGC: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC)
+        attended_THC = torch.empty_like(query_THC)
+        row = 0
+        for piece in self.pieces:
+            rows = slice(row, row + piece.stop - piece.start)
+            row = rows.stop
+            slot, past = piece.slot, slice(piece.start, piece.stop)
+            keys_SGLC[slot, :, past] = key_TGC[rows].transpose(0, 1)
+            values_SGLC[slot, :, past] = value_TGC[rows].transpose(0, 1)
+            attended_HTC = F.scaled_dot_product_attention(
+                query_THC[rows].transpose(0, 1)[None],
+                keys_SGLC[slot : slot + 1, :, : piece.stop],
+                values_SGLC[slot : slot + 1, :, : piece.stop],
+                attn_mask=None if piece.start == 0 else _continues(piece, query_THC.device),
+                is_causal=piece.start == 0,
+                scale=scale,
+                enable_gqa=True,
+            )[0]
+            attended_THC[rows] = attended_HTC.transpose(0, 1)
+        return attended_THC
+
+
+def _continues(piece: Piece, device: torch.device) -> torch.Tensor:
+    query_T = torch.arange(piece.start, piece.stop, device=device)
+    return torch.arange(piece.stop, device=device) <= query_T[:, None]
+
+
+class Decode:
+    """Attention of a stream that brings one token of each of N sequences, row n of slot `slots_N[n]`.
+
+    `positions_N` is where each token stands, `slots` how many are in use and `longest` the longest sequence
+    with its new token. All slots attend at once, in their own order: rows are permuted, never the cache.
+    """
+
+    def __init__(
+        self, cache: Cache, slots_N: torch.Tensor, positions_N: torch.Tensor, *, slots: int, longest: int
+    ) -> None:
+        self.cache = cache
+        self.slots_N = slots_N
+        self.positions_N = positions_N
+        self.slots = slots
+        self.longest = longest
+        # A slot without a row (its prompt is half read) sees its position 0 and is ignored.
+        last_S = positions_N.new_zeros(slots)
+        last_S[slots_N] = positions_N
+        seen_SL = torch.arange(longest, device=positions_N.device) <= last_S[:, None]
+        self.mask_S11L = seen_SL[:, None, None]
+
+    def attend(
+        self,
+        layer: int,
+        query_THC: torch.Tensor,
+        key_TGC: torch.Tensor,
+        value_TGC: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC)
+        keys_SGLC[self.slots_N, :, self.positions_N] = key_TGC
+        values_SGLC[self.slots_N, :, self.positions_N] = value_TGC
+        rows, heads, channels = query_THC.shape
+        groups = key_TGC.shape[1]
+        # The query heads of one key head stand where query positions would: no key is repeated in memory.
+        query_SGRC = query_THC.new_zeros((self.slots, groups, heads // groups, channels))
+        query_SGRC[self.slots_N] = query_THC.view(rows, groups, heads // groups, channels)
+        attended_SGRC = F.scaled_dot_product_attention(
+            query_SGRC,
+            keys_SGLC[: self.slots, :, : self.longest],
+            values_SGLC[: self.slots, :, : self.longest],
+            attn_mask=self.mask_S11L,
+            scale=scale,
+        )
+        return attended_SGRC[self.slots_N].reshape(rows, heads, channels)

@@ -1,0 +1,200 @@
+"""A sample request on its way: the sequences that continue its prompt, and what it asked about the prompt.
+
+Shapes: P tokens of the prompt, N rows, V vocabulary, K columns asked for.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tinsmith_worker.adapters import Adapter
+from tinsmith_worker.contract import SampledSequence, SampleInput, SampleOutput, TopK
+from tinsmith_worker.sampler.distribution import PROMPT_STREAM, draw, random_stream
+from tinsmith_worker.sampler.stops import StopRule
+
+EMPTY_TOKEN, EMPTY_LOGPROB = 0, -99999.0
+
+
+@dataclass
+class Request:
+    """budget: how many tokens each sequence may get, the context's end considered. admitted: how many of its
+    sequences have been let in, finished: those that have ended, by index."""
+
+    given: SampleInput
+    adapter: Adapter | None
+    stop: StopRule
+    budget: int
+    scores: "PromptScores | None"
+    admitted: int = 0
+    finished: dict[int, SampledSequence] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Tokens a sequence may come to, its prompt included."""
+        return len(self.given.prompt) + self.budget
+
+    @property
+    def output(self) -> SampleOutput:
+        scores = self.scores
+        return SampleOutput(
+            request_id=self.given.request_id,
+            sequences=[self.finished[index] for index in range(self.given.num_samples)],
+            prompt_logprobs=scores.logprobs if scores else None,
+            topk_prompt=scores.topk if scores else None,
+            target_prompt_logprobs=scores.targets if scores else None,
+            prompt_alt_tokens=scores.alternatives if scores else None,
+        )
+
+
+class Continuation:
+    """One sequence of a request: its tokens so far, and its own random numbers."""
+
+    def __init__(self, request: Request, index: int) -> None:
+        self.request = request
+        self.index = index
+        self.slot: int | None = None  # in the cache, while it is under way
+        self.count = 0
+        self.stopped = False
+        self._random = random_stream(request.given.seed, index)
+        self._tokens = np.empty(16, np.int32)
+        self._logprobs = np.empty(16, np.float32)
+        self._topk: list[TopK] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the sequence."""
+        return len(self.request.given.prompt) + self.count
+
+    @property
+    def last_token(self) -> int:
+        return int(self._tokens[self.count - 1])
+
+    def uniform(self) -> float:
+        return float(self._random.random())
+
+    @property
+    def full(self) -> bool:
+        return self.count == self.request.budget
+
+    def append(self, token: int, logprob: float, topk: TopK | None) -> None:
+        """Take the next token; `stopped` and `full` then say whether that was the last one."""
+        if self.count == len(self._tokens):
+            self._tokens = np.resize(self._tokens, 2 * self.count)
+            self._logprobs = np.resize(self._logprobs, 2 * self.count)
+        self._tokens[self.count], self._logprobs[self.count] = token, logprob
+        self.count += 1
+        if topk is not None:
+            self._topk.append(topk)
+        self.stopped = self.request.stop.ends(self._tokens[: self.count])
+
+    @property
+    def sequence(self) -> SampledSequence:
+        width = self.request.given.topk_sample_logprobs
+        parts = [empty_topk(0, width), *self._topk]
+        return SampledSequence(
+            tokens=self._tokens[: self.count].copy(),
+            logprobs=self._logprobs[: self.count].copy(),
+            stopped=self.stopped,
+            topk=TopK(
+                np.concatenate([part.token_ids for part in parts]),
+                np.concatenate([part.logprobs for part in parts]),
+            )
+            if width
+            else None,
+        )
+
+
+class PromptScores:
+    """What a request asked about its prompt, filled as the prompt is read.
+
+    The logits of row i are the plain model's and score position i + 1. Logprobs and top-k cover the last
+    `prompt_logprobs_last_n` positions if that is set. Alternatives are drawn from the whole distribution at
+    the request's temperature (no top-k, no top-p), with the plain model's logprobs.
+    """
+
+    def __init__(self, given: SampleInput) -> None:
+        length = len(given.prompt)
+        self._given = given
+        self._first = (
+            1 if given.prompt_logprobs_last_n is None else max(1, length - given.prompt_logprobs_last_n)
+        )
+        self.logprobs = np.full(length, np.nan, np.float32) if given.prompt_logprobs else None
+        self.topk = empty_topk(length, given.topk_prompt_logprobs) if given.topk_prompt_logprobs else None
+        self.alternatives = (
+            empty_topk(length - 1, given.prompt_alt_tokens_k) if given.prompt_alt_tokens_k else None
+        )
+        asked = given.target_prompt_logprobs
+        self.targets = None if asked is None else np.zeros(asked.shape, np.float32)
+        # Made whole at once: the draws must not depend on the pieces in which the prompt is read.
+        drawn = (length - 1, given.prompt_alt_tokens_k)
+        self._uniforms = random_stream(given.seed, PROMPT_STREAM).random(
+            drawn if self.alternatives else (0, 0)
+        )
+
+    @staticmethod
+    def asked(given: SampleInput) -> bool:
+        return bool(
+            given.prompt_logprobs
+            or given.topk_prompt_logprobs
+            or given.prompt_alt_tokens_k
+            or given.target_prompt_logprobs is not None
+        )
+
+    def rows(self, start: int, stop: int) -> range:
+        """The rows among [start, stop) whose logits are wanted."""
+        everywhere = self.alternatives is not None or self.targets is not None
+        return range(max(start, 0 if everywhere else self._first - 1), min(stop, len(self._given.prompt) - 1))
+
+    def take(self, first_row: int, logits_NV: torch.Tensor) -> None:
+        """Score positions from first_row + 1 on by the plain model's `logits_NV`. Waits for the device."""
+        logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+        rows = slice(first_row, first_row + len(logits_NV))
+        positions = slice(rows.start + 1, rows.stop + 1)
+        covered = slice(max(positions.start, self._first), positions.stop)
+        if covered.start < covered.stop:
+            self._score(logprobs_NV[covered.start - positions.start :], covered)
+        if self.targets is not None:
+            assert self._given.target_prompt_logprobs is not None
+            asked_NK = torch.from_numpy(self._given.target_prompt_logprobs[rows]).to(logprobs_NV.device)
+            found_NK = logprobs_NV.gather(-1, asked_NK.clamp(min=0)).masked_fill_(asked_NK < 0, 0.0)
+            self.targets[rows] = found_NK.cpu().numpy()
+        if self.alternatives is not None:
+            self._draw(logprobs_NV, logits_NV, rows)
+
+    def _score(self, logprobs_NV: torch.Tensor, covered: slice) -> None:
+        if self.logprobs is not None:
+            tokens_N1 = torch.from_numpy(self._given.prompt[covered].astype(np.int64))[:, None].to(
+                logprobs_NV.device
+            )
+            self.logprobs[covered] = logprobs_NV.gather(-1, tokens_N1)[:, 0].cpu().numpy()
+        if self.topk is not None:
+            write_topk(self.topk, covered, logprobs_NV)
+
+    def _draw(self, logprobs_NV: torch.Tensor, logits_NV: torch.Tensor, rows: slice) -> None:
+        assert self.alternatives is not None
+        temperature = self._given.temperature
+        greedy_N = torch.full((len(logits_NV),), temperature == 0, device=logits_NV.device)
+        drawn_NV = logprobs_NV
+        if temperature not in (0, 1):
+            drawn_NV = torch.log_softmax((logits_NV - logits_NV.amax(-1, keepdim=True)) / temperature, dim=-1)
+        uniform_NK = torch.from_numpy(self._uniforms[rows]).to(logits_NV.device)
+        tokens_NK = draw(drawn_NV, uniform_NK, greedy_N)
+        self.alternatives.token_ids[rows] = tokens_NK.cpu().numpy()
+        self.alternatives.logprobs[rows] = logprobs_NV.gather(-1, tokens_NK).cpu().numpy()
+
+
+def empty_topk(length: int, width: int) -> TopK:
+    return TopK(
+        np.full((length, width), EMPTY_TOKEN, np.int32), np.full((length, width), EMPTY_LOGPROB, np.float32)
+    )
+
+
+def write_topk(table: TopK, rows: slice, logprobs_NV: torch.Tensor) -> None:
+    """The likeliest tokens of each row, best first; a cell is empty where a row has no more of any chance."""
+    width = min(table.token_ids.shape[1], logprobs_NV.shape[-1])
+    logprobs_NK, tokens_NK = logprobs_NV.topk(width, dim=-1)
+    found, tokens = logprobs_NK.cpu().numpy(), tokens_NK.cpu().numpy()
+    possible = np.isfinite(found)
+    table.logprobs[rows, :width] = np.where(possible, found, EMPTY_LOGPROB)
+    table.token_ids[rows, :width] = np.where(possible, tokens, EMPTY_TOKEN)

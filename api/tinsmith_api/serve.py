@@ -19,6 +19,7 @@ from tinsmith_api.settings import Settings
 def serve(settings: Settings) -> None:
     """Run until interrupted. Exits with a sentence if the port or the data directory is taken."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     settings.folder.mkdir(parents=True, exist_ok=True)
     guard = _own(settings.folder)
     listener = _listen(settings.host, settings.port)

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--snapshot-seconds", type=float, default=WorkerSettings.snapshot_seconds)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     # Ctrl-C reaches the whole process group; the parent decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     engine, sampler = _open_engine(given)

@@ -5,33 +5,23 @@ The embedded form's doorbell and wake-up: a socket pair, one line a message. Par
 """
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 
 class Channel:
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
-        self._reader = self._socket.makefile("rb")
 
     def messages(self) -> Iterator[list[list[str]]]:
         """Batches of messages, each split into words; ends when the other side is gone."""
-        while True:
-            first = self._reader.readline()
-            if not first:
-                return
-            lines = [first]
-            # What is buffered already came along; handle it in one go.
-            while b"\n" in (waiting := self._reader.peek()):
-                lines.append(self._reader.readline())
-                if len(waiting) == len(lines[-1]):
-                    break
-            yield [line.decode().split() for line in lines]
+        rest = b""
+        while received := self._socket.recv(1 << 16):
+            *lines, rest = (rest + received).split(b"\n")
+            if lines:
+                yield [line.decode().split() for line in lines]
 
     def send(self, *words: str) -> None:
         try:
             self._socket.sendall((" ".join(words) + "\n").encode())
         except OSError:
             return  # the other side is gone; `messages` ends and the process with it
-
-
-Announce = Callable[[str], None]

@@ -145,7 +145,8 @@ class Intake:
                 )
                 return Prepared(operation, given)
             given_json: Json = json.loads(operation.payload)
-            loaded = self.load(given_json["object_prefix"]) if given_json.get("object_prefix") else None
+            reads = operation.kind in (ops.CREATE_MODEL, ops.LOAD_WEIGHTS) and given_json.get("object_prefix")
+            loaded = self.load(given_json["object_prefix"]) if reads else None
             return Prepared(operation, given_json, loaded)
         except InvalidInput as error:
             return Prepared(operation, None, failure=Failure(str(error)))

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -330,7 +330,10 @@ class Worker:
         held.done_seq = operation.seq_id
         if operation.state == ops.DONE:
             return
-        state = self.engine.state(operation.subject)
+        # A checkpoint is what load_weights reads: it never restores a gradient, a sampler no moments either.
+        state = replace(self.engine.state(operation.subject), gradient=None)
+        if operation.kind == ops.SAVE_WEIGHTS_FOR_SAMPLER:
+            state = replace(state, moment1=None, moment2=None, step=0)
 
         def write() -> None:
             try:

@@ -87,8 +87,8 @@ operations = sa.Table(
     sa.Column("tokens", sa.Integer, nullable=False),
     sa.Column("submitted_at", sa.Float, nullable=False),
     sa.Column("finished_at", sa.Float),
-    sa.Column("answer", sa.JSON),  # what the submission answered beside request_id
-    sa.Column("error", sa.JSON),  # {"error": sentence, "category": "user" | "server"}
+    sa.Column("answer", sa.JSON(none_as_null=True)),  # what the submission answered beside request_id
+    sa.Column("error", sa.JSON(none_as_null=True)),  # {"error": sentence, "category": "user" | "server"}
     sa.UniqueConstraint("subject", "seq_id"),
     sa.Index("operations_open", "base_model", "state"),
 )

@@ -1,0 +1,30 @@
+"""The torch engine and its sampler on one base model, on the GPU when there is one."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from tinsmith_worker import tiny_base
+from tinsmith_worker.contract import Engine, Sampler
+from tinsmith_worker.engine import EngineSettings, TorchEngine
+from tinsmith_worker.model import Base
+from tinsmith_worker.sampler import TorchSampler
+
+BUILT_IN = "tiny"
+
+
+def open_engine(
+    path: str, *, data_dir: Path, deterministic: bool, pass_tokens: int
+) -> tuple[Engine, Sampler]:
+    """`path`: a folder or a hub id; "tiny" is the built-in base, made under `data_dir` on first use."""
+    if path == BUILT_IN:
+        path = str(tiny_base.create(data_dir / "models" / BUILT_IN))
+    on_gpu = torch.cuda.is_available()
+    base = Base.load(
+        path,
+        device=torch.device("cuda" if on_gpu else "cpu"),
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+    )
+    settings = EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic)
+    return TorchEngine(base, settings), TorchSampler(base, AutoTokenizer.from_pretrained(path))

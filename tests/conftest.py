@@ -90,7 +90,7 @@ class RunningService:
 
     def _wait_for(self, text: str, start: int) -> str:
         for _ in range(600):
-            for word in self.log_text()[start:].split():
+            for word in (self.folder / "service.log").read_bytes()[start:].decode().split():
                 if word.startswith(text):
                     return word
             assert self.process.poll() is None, self.log_text()

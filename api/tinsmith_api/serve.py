@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def serve(settings: Settings) -> None:
     service.journal.write(lambda c: identities.create_key(c, "local", key=key)).result()
     host, port = listener.getsockname()[:2]
     _greet(f"http://{host}:{port}", key, settings)
+    # uvicorn handles these two itself and raises them once more at its end, when all is done.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     config = uvicorn.Config(
         make_app(service), access_log=False, log_level="warning", timeout_graceful_shutdown=5
     )

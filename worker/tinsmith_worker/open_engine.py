@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tinsmith_worker import tiny_base
 from tinsmith_worker.contract import Engine, Sampler
@@ -18,6 +19,7 @@ def open_engine(
     path: str, *, data_dir: Path, deterministic: bool, pass_tokens: int
 ) -> tuple[Engine, Sampler]:
     """`path`: a folder or a hub id; "tiny" is the built-in base, made under `data_dir` on first use."""
+    transformers_logging.disable_progress_bar()
     if path == BUILT_IN:
         path = str(tiny_base.create(data_dir / "models" / BUILT_IN))
     on_gpu = torch.cuda.is_available()

@@ -339,7 +339,8 @@ class Worker:
             try:
                 size = self.objects.put(given["object_prefix"], checkpoints.write(state, self.base_model))
             except Exception as error:
-                log.exception("saving %s failed", given["path"])
+                # A full disk is the world's error: a line says it all.
+                log.error("saving %s failed: %s", given["path"], error, exc_info=not isinstance(error, OSError))
                 self._finish(
                     operation, error=Failure(f"the checkpoint could not be written: {error}", "server")
                 )

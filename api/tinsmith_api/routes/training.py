@@ -30,7 +30,7 @@ Json = dict[str, Any]
 # Unpacking a body larger than this takes longer than other requests should wait for the event loop.
 _UNPACK_IN_THREAD_BYTES = 1 << 20
 
-_NAME = re.compile(r"[A-Za-z0-9._=+@-][A-Za-z0-9._=+@ -]{0,254}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@ -]{0,254}")
 
 SeqId = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TtlSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
@@ -401,7 +401,7 @@ async def _save(
     run = await mine.run(body.model_id)
     if not _NAME.fullmatch(name):
         error = InvalidInput(
-            f"{name!r} cannot name a checkpoint: use letters, digits and . _ - = + @, no slash, at most 255"
+            f"{name!r} cannot name a checkpoint: use letters, digits and . _ - = + @, no slash, a letter or digit first, at most 255"
         )
         return await _refuse(mine, run, body.seq_id, operation_kind, error)
     path = checkpoints.path_of(run.id, kind, name)

@@ -1,0 +1,177 @@
+"""Killing things. Nothing that was acknowledged is lost, nothing is applied twice, the numbers are the same."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+from safetensors.numpy import load_file
+from tinker import types
+
+from tests.conftest import RunningService
+from tests.e2e.wire import Wire, datum, logprobs
+
+MODEL = "tinsmith/tiny"
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """A service of its own to kill; snapshots every half second, so that runs restart from them too."""
+    running = RunningService(
+        tmp_path_factory.mktemp("fragile"), config="snapshot_seconds = 0.5\ndeterministic = true\n"
+    )
+    yield running
+    assert running.stop() == 0, running.log_text()
+    assert "Traceback" not in running.log_text()
+
+
+def _batch(step: int) -> list[types.Datum]:
+    random_of_step = np.random.default_rng(step)
+    data = []
+    for length in (9, 33, 20):
+        tokens = random_of_step.integers(0, 1000, length + 1)
+        inputs = {"target_tokens": tokens[1:], "weights": np.ones(length, np.float32)}
+        data.append(
+            types.Datum(
+                model_input=types.ModelInput.from_ints(tokens[:-1].tolist()),
+                loss_fn_inputs={k: tinker.TensorData.from_numpy(v) for k, v in inputs.items()},
+            )
+        )
+    return data
+
+
+def _train(service: RunningService, name: str) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """30 pipelined steps of the official SDK: every logprob it got, and the weights at the end."""
+    with tinker.ServiceClient(base_url=service.url, api_key=service.key) as client:
+        run = client.create_lora_training_client(MODEL, rank=8, seed=3).result()
+        steps = []
+        for step in range(STEPS):
+            passed = run.forward_backward(_batch(step), "cross_entropy")
+            stepped = run.optim_step(types.AdamParams(learning_rate=1e-3, grad_clip_norm=1.0))
+            steps.append((passed, stepped))
+            if step >= 2:
+                steps[step - 2][1].result()
+        seen = [out["logprobs"].to_numpy() for passed, _ in steps for out in passed.result().loss_fn_outputs]
+        counted = [stepped.result().metrics["step"] for _, stepped in steps]
+        assert counted == list(range(1, STEPS + 1))
+        path = run.save_state(name).result().path
+    return seen, load_file(_files_of(service, path) / "adapter_model.safetensors")
+
+
+def _files_of(service: RunningService, path: str) -> Path:
+    """Where the newest checkpoint of a run lies on disk."""
+    run = path.removeprefix("tinker://").split("/")[0]
+    folders = (service.folder / "objects" / "checkpoints" / run).iterdir()
+    return max(folders, key=lambda f: f.stat().st_mtime)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_at_random_moments_changes_nothing(fragile: RunningService) -> None:
+    calm_logprobs, calm_weights = _train(fragile, "calm")
+    finished = threading.Event()
+    kills: list[int] = []
+
+    def kill_now_and_then() -> None:
+        moments = random.Random(7)
+        while not finished.wait(moments.uniform(0.3, 2.5)) and len(kills) < 6:
+            fragile.wait_ready()
+            if finished.wait(moments.uniform(0.0, 0.7)):
+                return
+            kills.append(fragile.worker_pid())
+            os.kill(kills[-1], signal.SIGKILL)
+
+    def neighbour() -> None:
+        """Another tenant, whose tokens share the passes."""
+        wire = Wire(fragile.url, fragile.new_key("neighbour"))
+        run = wire.run(MODEL, rank=4)
+        for step in range(40):
+            if finished.is_set():
+                return
+            wire.fetch(wire.submit(run, 2 * step + 1, datum([step, 5, 6, 7, 8] * 6)))
+            wire.fetch(wire.optim(run, 2 * step + 2))
+
+    threads = [threading.Thread(target=t) for t in (kill_now_and_then, neighbour)]
+    for thread in threads:
+        thread.start()
+    try:
+        logprobs_seen, weights = _train(fragile, "shot-at")
+    finally:
+        finished.set()
+        for thread in threads:
+            thread.join()
+    assert len(kills) >= 3, "too few kills to show anything"
+    assert len(logprobs_seen) == len(calm_logprobs) == 3 * STEPS
+    for calm, seen in zip(calm_logprobs, logprobs_seen, strict=True):
+        np.testing.assert_array_equal(calm, seen)
+    assert calm_weights.keys() == weights.keys()
+    for name, calm in calm_weights.items():
+        np.testing.assert_array_equal(calm, weights[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_killing_everything_and_starting_again_goes_on(fragile: RunningService) -> None:
+    wire = Wire(fragile.url, fragile.key)
+    run = wire.run(MODEL)
+    before = logprobs(wire.output(wire.submit(run, 1, datum([1, 2, 3, 4]))))
+    futures = [wire.optim(run, 2), wire.submit(run, 3, datum([1, 2, 3, 4]))]
+    futures += [wire.post("/save_weights", model_id=run, seq_id=4, path="kept"), wire.optim(run, 5)]
+    sampling = wire.post("/save_weights_for_sampler", model_id=run, seq_id=6, sampling_session_seq_id=0)
+    fragile.kill()
+    fragile.restart()
+    wire = Wire(fragile.url, fragile.key)
+    assert wire.result(futures[0])["metrics"]["step"] == 1
+    after = logprobs(wire.output(futures[1]))
+    assert not np.array_equal(before, after), "the step was lost"
+    path = wire.result(futures[2])["path"]
+    assert wire.result(futures[3])["metrics"]["step"] == 2
+    sampler = wire.result(sampling)["sampling_session_id"]
+    one = wire.sampled(wire.sample(sampler, 0, [1, 2, 3]))
+    fragile.kill()
+    fragile.restart()
+    wire = Wire(fragile.url, fragile.key)
+    assert wire.sampled(wire.sample(sampler, 1, [1, 2, 3])).sequences[0].tokens == one.sequences[0].tokens
+    assert wire.get("/checkpoints")["checkpoints"][0]["tinker_path"] == path
+    loaded = wire.post("/load_weights", session_id=wire.session(), model_seq_id=0, path=path, optimizer=True)
+    copy = wire.result(loaded)["model_id"]
+    # Saved after one step; the run itself is one step further.
+    np.testing.assert_array_equal(logprobs(wire.output(wire.submit(copy, 1, datum([1, 2, 3, 4])))), after)
+
+
+@pytest.mark.slow
+def test_an_accumulated_gradient_survives_the_worker(fragile: RunningService) -> None:
+    """Killed between a forward_backward and its optim_step: the step is taken with the whole gradient."""
+    wire = Wire(fragile.url, fragile.key)
+    norms = []
+    for kill in (False, True):
+        run = wire.run(MODEL)
+        wire.output(wire.submit(run, 1, datum([1, 2, 3, 4, 5])))
+        wire.output(wire.submit(run, 2, datum([9, 8, 7])))
+        if kill:
+            fragile.kill_worker()
+        norms.append(wire.result(wire.optim(run, 3))["metrics"]["grad_norm"])
+    assert norms[0] == norms[1] > 0
+
+
+@pytest.mark.slow
+def test_a_worker_asked_to_leave_hands_over_without_replay(fragile: RunningService) -> None:
+    wire = Wire(fragile.url, fragile.key)
+    run = wire.run(MODEL)
+    for step in range(3):
+        wire.submit(run, 2 * step + 1, datum([1, 2, 3, 4, 5]))
+        wire.result(wire.optim(run, 2 * step + 2))
+    leaving = fragile.worker_pid()
+    os.kill(leaving, signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while fragile.worker_pid() == leaving and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "ended with code 0" in fragile.log_text()
+    snapshots = list((fragile.folder / "objects" / "snapshots" / run).iterdir())
+    assert [s.name.split("-")[0] for s in snapshots] == ["6"], "the last operation is not in the snapshot"
+    assert wire.result(wire.optim(run, 7))["metrics"]["step"] == 4

@@ -1,0 +1,568 @@
+"""The sampler against transformers and PEFT, against the trainer, and against itself in other company."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import peft
+import pytest
+import torch
+from tinsmith.wire.batch import TrainInput
+from tinsmith_worker import tiny_base
+from tinsmith_worker.contract import (
+    AdamParams,
+    AdapterState,
+    Failure,
+    LoraSpec,
+    SampleInput,
+    SampleOutput,
+    Work,
+)
+from tinsmith_worker.engine import TorchEngine
+from tinsmith_worker.model import Base
+from tinsmith_worker.sampler import SamplerSettings, TorchSampler
+from tinsmith_worker.stream import Stream
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPT = np.array([1, 319, 201, 42, 75, 383, 900, 77, 1300, 12, 450], np.int32)
+SPECS = {
+    "wide": LoraSpec(rank=8, seed=1),
+    "narrow": LoraSpec(rank=3, seed=2, train_mlp=False),
+    "unembed": LoraSpec(rank=4, seed=3, train_attn=False, train_mlp=False),
+}
+Answer = SampleOutput | tuple[str, Failure]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base.create(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Base:
+    return Base.load(folder, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def states(base: Base) -> dict[str, AdapterState]:
+    """Adapters that say something: a fresh one's B is zero."""
+    found = {}
+    for number, (name, spec) in enumerate(SPECS.items()):
+        state = base.new_adapter(spec).state()
+        random = np.random.default_rng(number)
+        found[name] = replace(state, weights=random.normal(0, 0.05, state.weights.shape).astype(np.float32))
+    return found
+
+
+@pytest.fixture
+def sampler(base: Base, folder: Path, states: dict[str, AdapterState]) -> TorchSampler:
+    return make(base, states, tokenizer=AutoTokenizer.from_pretrained(folder))
+
+
+def make(
+    base: Base,
+    states: dict[str, AdapterState],
+    settings: SamplerSettings | None = None,
+    tokenizer: Any = None,
+) -> TorchSampler:
+    sampler = TorchSampler(base, tokenizer, settings)
+    for name, state in states.items():
+        sampler.hold(name, state)
+    return sampler
+
+
+def request(request_id: str = "r", sampler_id: str = "", **given: Any) -> SampleInput:
+    settled: dict[str, Any] = {
+        "prompt": PROMPT,
+        "num_samples": 1,
+        "max_tokens": 12,
+        "seed": 5,
+        "stop_tokens": (),
+    }
+    return SampleInput(request_id=request_id, sampler_id=sampler_id, **{**settled, **given})
+
+
+def answers(sampler: TorchSampler) -> Iterator[Answer]:
+    while sampler.busy:
+        yield from sampler.step()
+
+
+def run(sampler: TorchSampler, *requests: SampleInput) -> dict[str, SampleOutput]:
+    for given in requests:
+        sampler.add(given)
+    found = {}
+    for answer in answers(sampler):
+        assert isinstance(answer, SampleOutput), answer
+        found[answer.request_id] = answer
+    return found
+
+
+def one(sampler: TorchSampler, **given: Any) -> SampleOutput:
+    return run(sampler, request(**given))["r"]
+
+
+def failure(sampler: TorchSampler, **given: Any) -> Failure:
+    sampler.add(request(**given))
+    (answer,) = answers(sampler)
+    assert isinstance(answer, tuple)
+    return answer[1]
+
+
+def assert_same(left: SampleOutput, right: SampleOutput) -> None:
+    """Equal tokens; logprobs equal but for the rounding that a batch of another size brings."""
+    for a, b in zip(left.sequences, right.sequences, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.stopped == b.stopped
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def plain_logprobs(folder: Path, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
+    """[T, V] of untouched transformers: row i is the distribution of token i + 1."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].log_softmax(-1)
+
+
+def in_peft(folder: Path, state: AdapterState) -> Any:
+    """The adapter as PEFT computes it."""
+    tensors = {
+        name: torch.tensor(state.weights[offset : offset + int(np.prod(shape))]).view(shape)
+        for name, offset, shape in state.tensors
+    }
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    config = peft.LoraConfig(r=state.spec.rank, lora_alpha=32, target_modules=modules)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    loaded = peft.set_peft_model_state_dict(model, tensors)
+    assert not loaded.unexpected_keys
+    return model.eval()
+
+
+# Against transformers, PEFT and the trainer
+
+
+@pytest.mark.parametrize("name", ["", *SPECS])
+def test_greedy_is_generate_of_transformers_and_peft(
+    name: str, sampler: TorchSampler, folder: Path, states: dict[str, AdapterState]
+) -> None:
+    if name:
+        model = in_peft(folder, states[name])
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = torch.from_numpy(PROMPT.astype(np.int64))[None]
+    wanted = model.generate(
+        input_ids=prompt, attention_mask=prompt > 0, max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    found = one(sampler, sampler_id=name, temperature=0, max_tokens=24).sequences[0]
+    assert found.tokens.tolist() == wanted[0, len(PROMPT) :].tolist()
+    with torch.no_grad():
+        logprobs = model(input_ids=wanted).logits[0].log_softmax(-1)[len(PROMPT) - 1 : -1]
+    np.testing.assert_allclose(found.logprobs, logprobs.amax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_sampled_logprobs_are_the_trainers_forward(
+    name: str, sampler: TorchSampler, base: Base, states: dict[str, AdapterState]
+) -> None:
+    engine = TorchEngine(base)
+    engine.restore("run", states[name])
+    before = engine.state("run").weights.copy()
+    found = one(sampler, sampler_id=name, num_samples=3, max_tokens=40, prompt_logprobs=True)
+    assert found.prompt_logprobs is not None
+    for sequence in found.sequences:
+        trained = engine.forward_backward(
+            [Work("run", forward_of(np.concatenate([PROMPT, sequence.tokens])))]
+        )
+        wanted = trained[0].logprobs_TK[:, 0]
+        np.testing.assert_allclose(found.prompt_logprobs[1:], wanted[: len(PROMPT) - 1], atol=1e-5)
+        np.testing.assert_allclose(sequence.logprobs, wanted[len(PROMPT) - 1 :], atol=1e-5)
+    assert np.array_equal(engine.state("run").weights, before)
+    assert engine.state("run").gradient is None
+
+
+def test_sampled_logprobs_of_the_base_are_those_of_transformers(sampler: TorchSampler, folder: Path) -> None:
+    sequence = one(sampler, max_tokens=40).sequences[0]
+    logprobs = plain_logprobs(folder, np.concatenate([PROMPT, sequence.tokens]))
+    wanted = logprobs[len(PROMPT) - 1 : -1].gather(
+        1, torch.from_numpy(sequence.tokens.astype(np.int64))[:, None]
+    )
+    np.testing.assert_allclose(sequence.logprobs, wanted[:, 0], atol=1e-5)
+
+
+def forward_of(tokens: npt.NDArray[np.int32], *, train: bool = False) -> TrainInput:
+    length = len(tokens) - 1
+    return TrainInput(
+        loss="cross_entropy",
+        forward_only=not train,
+        lengths_S=np.array([length]),
+        tokens_T=tokens[:-1],
+        targets_TK=tokens[1:, None].astype(np.int64),
+        target_widths_S=np.zeros(1, np.int64),
+        columns={"weights": np.ones((length, 1), np.float32)},
+    )
+
+
+# Randomness and company
+
+
+def test_a_seed_reproduces_a_request_and_its_samples_differ(sampler: TorchSampler) -> None:
+    first, again = (one(sampler, num_samples=4) for _ in range(2))
+    assert_same(first, again)
+    assert len({tuple(s.tokens.tolist()) for s in first.sequences}) == 4
+    other = one(sampler, num_samples=4, seed=6)
+    assert first.sequences[0].tokens.tolist() != other.sequences[0].tokens.tolist()
+
+
+def mixed_requests() -> list[SampleInput]:
+    return [
+        request("a", "wide", num_samples=3, max_tokens=20),
+        request("b", "", max_tokens=9, temperature=0.7, top_k=50, prompt=PROMPT[:3]),
+        request("c", "narrow", max_tokens=30, top_p=0.8, topk_sample_logprobs=2, prompt=np.tile(PROMPT, 5)),
+        request("d", "unembed", num_samples=2, max_tokens=15, temperature=0),
+        request("e", "wide", max_tokens=1, prompt_logprobs=True, prompt_alt_tokens_k=2),
+    ]
+
+
+def test_many_adapters_and_settings_in_one_batch_equal_each_alone(sampler: TorchSampler) -> None:
+    together = run(sampler, *mixed_requests())
+    for given in mixed_requests():
+        alone = run(sampler, given)[given.request_id]
+        assert_same(together[given.request_id], alone)
+        if given.prompt_logprobs:
+            np.testing.assert_allclose(
+                together[given.request_id].prompt_logprobs, alone.prompt_logprobs, atol=1e-5
+            )
+
+
+def test_requests_that_join_or_leave_midway_change_nobodys_tokens(sampler: TorchSampler) -> None:
+    expected = {given.request_id: run(sampler, given)[given.request_id] for given in mixed_requests()}
+    found: dict[str, SampleOutput] = {}
+    arrivals = mixed_requests()
+    sampler.add(request("gone", "narrow", num_samples=2, max_tokens=1000))
+    for number in range(200):
+        if number % 3 == 1 and arrivals:
+            sampler.add(arrivals.pop(0))
+        if number == 7:
+            sampler.cancel("gone")
+        for answer in sampler.step():
+            assert isinstance(answer, SampleOutput)
+            found[answer.request_id] = answer
+    assert not sampler.busy
+    assert found.keys() == expected.keys()
+    for name, answer in found.items():
+        assert_same(answer, expected[name])
+
+
+def test_a_prompt_read_in_many_passes_gives_what_one_pass_gives(
+    base: Base, states: dict[str, AdapterState], sampler: TorchSampler
+) -> None:
+    asked: dict[str, Any] = {
+        "prompt": np.tile(PROMPT, 9),
+        "sampler_id": "wide",
+        "num_samples": 2,
+        "prompt_logprobs": True,
+        "topk_prompt_logprobs": 2,
+        "prompt_alt_tokens_k": 2,
+        "target_prompt_logprobs": np.arange(98 * 2).reshape(98, 2),
+    }
+    whole = one(sampler, **asked)
+    pieces = one(make(base, states, SamplerSettings(max_pass_tokens=16)), **asked)
+    assert_same(whole, pieces)
+    np.testing.assert_allclose(whole.prompt_logprobs, pieces.prompt_logprobs, atol=1e-5)
+    np.testing.assert_allclose(whole.target_prompt_logprobs, pieces.target_prompt_logprobs, atol=1e-5)
+    assert whole.topk_prompt is not None
+    assert pieces.topk_prompt is not None
+    assert np.array_equal(whole.topk_prompt.token_ids, pieces.topk_prompt.token_ids)
+    assert whole.prompt_alt_tokens is not None
+    assert pieces.prompt_alt_tokens is not None
+    assert np.array_equal(whole.prompt_alt_tokens.token_ids, pieces.prompt_alt_tokens.token_ids)
+
+
+@pytest.mark.parametrize("settings", [SamplerSettings(cache_bytes=1), SamplerSettings(max_sequences=2)])
+def test_what_does_not_fit_waits_and_is_sampled_all_the_same(
+    settings: SamplerSettings, base: Base, states: dict[str, AdapterState], sampler: TorchSampler
+) -> None:
+    expected = run(sampler, *mixed_requests())
+    found = run(make(base, states, settings), *mixed_requests())
+    for name, answer in found.items():
+        assert_same(answer, expected[name])
+
+
+def test_a_held_sampler_stays_as_it_was_while_training_goes_on(base: Base) -> None:
+    engine, sampler = TorchEngine(base), TorchSampler(base)
+    engine.create("run", SPECS["wide"])
+
+    def train() -> None:
+        engine.forward_backward([Work("run", forward_of(PROMPT, train=True))])
+        engine.optim_step("run", AdamParams(learning_rate=0.01))
+
+    train()
+    sampler.hold("step 1", engine.state("run"))
+    before = one(sampler, sampler_id="step 1")
+    train()
+    sampler.hold("step 1", engine.state("run"))  # the name is taken: what it holds stays
+    sampler.hold("step 2", engine.state("run"))
+    assert_same(one(sampler, sampler_id="step 1"), before)
+    after = one(sampler, sampler_id="step 2")
+    assert not np.allclose(after.sequences[0].logprobs, before.sequences[0].logprobs, atol=1e-3)
+    sampler.release("step 1")
+    assert not sampler.holds("step 1")
+    assert sampler.holds("step 2")
+
+
+# Where a sequence ends
+
+
+def test_a_stop_token_is_the_last_token_sampled(sampler: TorchSampler) -> None:
+    free = one(sampler).sequences[0]
+    stop = int(free.tokens[4])
+    stopped = one(sampler, stop_tokens=(stop,)).sequences[0]
+    assert stopped.tokens.tolist() == free.tokens[: free.tokens.tolist().index(stop) + 1].tolist()
+    assert stopped.stopped
+    assert not free.stopped
+
+
+def test_the_models_own_end_stops_unless_nothing_shall(sampler: TorchSampler) -> None:
+    ends = np.array([5, 2], np.int32)  # the random base repeats its last token, which is <|im_end|> here
+    asked: dict[str, Any] = {"prompt": ends, "temperature": 0, "max_tokens": 5}
+    default = one(sampler, **asked, stop_tokens=None).sequences[0]
+    assert (default.tokens.tolist(), default.stopped) == ([2], True)
+    free = one(sampler, **asked, stop_tokens=()).sequences[0]
+    assert (free.tokens.tolist(), free.stopped) == ([2] * 5, False)
+
+
+def test_a_stop_string_ends_at_the_token_that_completes_it(sampler: TorchSampler) -> None:
+    free = one(sampler, max_tokens=30).sequences[0].tokens
+    assert sampler.tokenizer is not None
+
+    def text(count: int) -> str:
+        assert sampler.tokenizer is not None
+        decoded: str = sampler.tokenizer.decode(
+            free[:count].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    across_tokens = text(12)[-6:]
+    expected = next(n for n in range(1, 31) if across_tokens in text(n))
+    found = one(sampler, max_tokens=30, stop_strings=("never said", across_tokens)).sequences[0]
+    assert found.tokens.tolist() == free[:expected].tolist()
+    assert found.stopped
+
+
+def test_a_sequence_ends_where_the_context_ends(sampler: TorchSampler) -> None:
+    room = 5
+    prompt = np.resize(PROMPT, tiny_base.CONTEXT - room)
+    found = one(sampler, prompt=prompt, max_tokens=100).sequences[0]
+    assert (len(found.tokens), found.stopped) == (room, False)
+
+
+def test_max_tokens_zero_scores_the_prompt_only(sampler: TorchSampler) -> None:
+    found = one(sampler, max_tokens=0, num_samples=2, prompt_logprobs=True, topk_sample_logprobs=3)
+    assert found.prompt_logprobs is not None
+    assert np.isfinite(found.prompt_logprobs[1:]).all()
+    for sequence in found.sequences:
+        assert len(sequence.tokens) == len(sequence.logprobs) == 0
+        assert sequence.topk is not None
+        assert sequence.topk.token_ids.shape == (0, 3)
+
+
+# What is said about the distribution
+
+
+def test_sampled_logprobs_are_of_the_narrowed_distribution(sampler: TorchSampler, folder: Path) -> None:
+    found = one(sampler, sampler_id="", temperature=0.6, top_k=4, max_tokens=20, topk_sample_logprobs=6)
+    sequence = found.sequences[0]
+    logprobs = plain_logprobs(folder, np.concatenate([PROMPT, sequence.tokens]))[len(PROMPT) - 1 : -1]
+    best = logprobs.topk(4, dim=-1)
+    wanted = (best.values / 0.6).log_softmax(-1).numpy()
+    assert sequence.topk is not None
+    np.testing.assert_allclose(sequence.topk.logprobs[:, :4], wanted, atol=1e-5)
+    assert np.array_equal(sequence.topk.token_ids[:, :4], best.indices.numpy())
+    assert (sequence.topk.logprobs[:, 4:] == -99999.0).all()
+    assert (sequence.topk.token_ids[:, 4:] == 0).all()
+    chosen = (sequence.topk.token_ids[:, :4] == sequence.tokens[:, None]).argmax(1)
+    np.testing.assert_allclose(sequence.logprobs, wanted[np.arange(20), chosen], atol=1e-5)
+
+
+def test_first_tokens_of_many_samples_follow_the_model(sampler: TorchSampler, folder: Path) -> None:
+    count = 4000
+    found = one(sampler, num_samples=count, max_tokens=1, top_k=5)
+    best = plain_logprobs(folder, PROMPT)[-1].topk(5)
+    drawn = np.array([s.tokens[0] for s in found.sequences])
+    observed = np.array([(drawn == token).sum() for token in best.indices.tolist()])
+    expected = best.values.softmax(-1).numpy() * count
+    assert observed.sum() == count
+    assert (
+        (observed - expected) ** 2 / expected
+    ).sum() < 18.5  # 4 degrees of freedom, one seed in a thousand
+
+
+def test_prompt_scores_are_the_plain_models_whatever_the_sampling(
+    sampler: TorchSampler, folder: Path
+) -> None:
+    targets = np.array([[i, -1, 2 * i] for i in range(len(PROMPT) - 1)])
+    found = one(
+        sampler,
+        temperature=0.5,
+        top_k=2,
+        prompt_logprobs=True,
+        topk_prompt_logprobs=3,
+        target_prompt_logprobs=targets,
+    )
+    logprobs = plain_logprobs(folder, PROMPT)[:-1].numpy()
+    rows = np.arange(len(PROMPT) - 1)
+    assert found.prompt_logprobs is not None
+    assert np.isnan(found.prompt_logprobs[0])
+    np.testing.assert_allclose(found.prompt_logprobs[1:], logprobs[rows, PROMPT[1:]], atol=1e-5)
+    assert found.topk_prompt is not None
+    assert found.topk_prompt.token_ids[0].tolist() == [0, 0, 0]
+    assert found.topk_prompt.logprobs[0].tolist() == [-99999.0] * 3
+    best = np.argsort(-logprobs, axis=1)[:, :3]
+    assert np.array_equal(found.topk_prompt.token_ids[1:], best)
+    np.testing.assert_allclose(found.topk_prompt.logprobs[1:], logprobs[rows[:, None], best], atol=1e-5)
+    assert found.target_prompt_logprobs is not None
+    wanted = np.where(targets < 0, 0.0, logprobs[rows[:, None], targets])
+    np.testing.assert_allclose(found.target_prompt_logprobs, wanted, atol=1e-5)
+
+
+def test_the_last_n_prompt_logprobs_leave_the_rest_empty(sampler: TorchSampler) -> None:
+    asked: dict[str, Any] = {
+        "prompt_logprobs": True,
+        "topk_prompt_logprobs": 2,
+        "target_prompt_logprobs": np.full((len(PROMPT) - 1, 1), 7),
+    }
+    whole, last = one(sampler, **asked), one(sampler, **asked, prompt_logprobs_last_n=3)
+    assert last.prompt_logprobs is not None
+    assert whole.prompt_logprobs is not None
+    assert np.isnan(last.prompt_logprobs[:-3]).all()
+    np.testing.assert_allclose(last.prompt_logprobs[-3:], whole.prompt_logprobs[-3:], atol=1e-5)
+    assert last.topk_prompt is not None
+    assert whole.topk_prompt is not None
+    assert (last.topk_prompt.logprobs[:-3] == -99999.0).all()
+    assert np.array_equal(last.topk_prompt.token_ids[-3:], whole.topk_prompt.token_ids[-3:])
+    np.testing.assert_allclose(last.target_prompt_logprobs, whole.target_prompt_logprobs, atol=1e-5)
+
+
+def test_alternatives_are_draws_at_the_requests_temperature(sampler: TorchSampler, folder: Path) -> None:
+    count = 3000
+    found = one(sampler, prompt_alt_tokens_k=count, temperature=0.5, top_k=1).prompt_alt_tokens
+    assert found is not None
+    assert found.token_ids.shape == found.logprobs.shape == (len(PROMPT) - 1, count)
+    logprobs = plain_logprobs(folder, PROMPT)[:-1]
+    taken = logprobs.gather(1, torch.from_numpy(found.token_ids.astype(np.int64)))
+    np.testing.assert_allclose(found.logprobs, taken, atol=1e-5)
+    cold = (logprobs / 0.5).softmax(-1)
+    likeliest = cold.argmax(-1, keepdim=True)
+    expected = cold.gather(1, likeliest)[:, 0].numpy()
+    observed = (found.token_ids == likeliest.numpy()).mean(1)
+    assert (np.abs(observed - expected) < 5 * np.sqrt(expected * (1 - expected) / count)).all()
+    greedy = one(sampler, prompt_alt_tokens_k=2, temperature=0).prompt_alt_tokens
+    assert greedy is not None
+    assert np.array_equal(greedy.token_ids, np.repeat(likeliest.numpy(), 2, axis=1))
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"sampler_id": "nobody"}, "no sampler 'nobody'"),
+        ({"prompt": PROMPT[:0]}, "prompt is empty"),
+        ({"prompt": np.array([3, 2048], np.int32)}, r"outside the vocabulary 0\.\.2047"),
+        ({"prompt": np.array([-1], np.int32)}, "outside the vocabulary"),
+        ({"prompt": np.ones(4097, np.int32)}, "4097 tokens are more than the model's 4096"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_p": 1.5}, "top_p must be between"),
+        ({"stop_strings": ("",)}, "stop string is empty"),
+        ({"target_prompt_logprobs": np.zeros((3, 1), np.int64)}, r"it must be \[10, K\]"),
+        ({"target_prompt_logprobs": np.full((10, 1), 5000)}, "target_prompt_logprobs holds tokens outside"),
+    ],
+)
+def test_a_bad_request_fails_alone(wrong: dict[str, Any], sentence: str, sampler: TorchSampler) -> None:
+    expected = one(sampler, sampler_id="wide")
+    sampler.add(request("good", "wide"))
+    sampler.add(request("bad", **wrong))
+    found = {a.request_id if isinstance(a, SampleOutput) else a[0]: a for a in answers(sampler)}
+    bad, good = found["bad"], found["good"]
+    assert isinstance(bad, tuple)
+    assert bad[1].category == "user"
+    with pytest.raises(AssertionError, match=sentence):
+        raise AssertionError(bad[1].message)
+    assert isinstance(good, SampleOutput)
+    assert_same(good, expected)
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(base: Base) -> None:
+    assert "need a tokenizer" in failure(TorchSampler(base), stop_strings=("x",)).message
+
+
+def test_diverged_weights_fail_their_requests_and_leave_nothing_behind(
+    base: Base, states: dict[str, AdapterState], sampler: TorchSampler
+) -> None:
+    expected = one(sampler, sampler_id="wide", max_tokens=30)
+    diverged = replace(states["wide"], weights=np.full_like(states["wide"].weights, np.nan))
+    sampler.hold("diverged", diverged)
+    # Slots that held NaN are used again by others, before and while they decode.
+    for number in range(3):
+        sampler.add(request(f"bad {number}", "diverged", num_samples=3, max_tokens=30))
+    sampler.add(request("good", "wide", max_tokens=30))
+    sampler.step()
+    sampler.add(request("bad 3", "diverged", num_samples=3))
+    found = {a.request_id if isinstance(a, SampleOutput) else a[0]: a for a in answers(sampler)}
+    good = found["good"]
+    assert isinstance(good, SampleOutput)
+    assert_same(good, expected)
+    bad = found["bad 3"]
+    assert isinstance(bad, tuple)
+    assert "not finite" in bad[1].message
+
+
+class Poisoned:
+    """A base on which a pass fails when one certain token is in it."""
+
+    def __init__(self, base: Base, token: int) -> None:
+        self._base, self._token = base, token
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def forward(self, stream: Stream) -> torch.Tensor:
+        if bool((stream.tokens_T == self._token).any()):
+            raise RuntimeError("out of memory")
+        return self._base.forward(stream)
+
+
+def test_a_prompt_that_cannot_be_read_fails_alone(base: Base, sampler: TorchSampler) -> None:
+    expected = one(sampler, temperature=0)
+    poisoned: Any = Poisoned(base, 1999)
+    shaky = TorchSampler(poisoned)
+    for given in (
+        request("good", temperature=0),
+        request("bad", prompt=np.array([4, 1999], np.int32), num_samples=3),
+    ):
+        shaky.add(given)
+    found = {a.request_id if isinstance(a, SampleOutput) else a[0]: a for a in answers(shaky)}
+    bad, good = found["bad"], found["good"]
+    assert isinstance(bad, tuple)
+    assert (bad[1].category, "out of memory" in bad[1].message) == ("server", True)
+    assert isinstance(good, SampleOutput)
+    assert_same(good, expected)
+
+
+def test_a_cancelled_request_is_gone_wherever_it_was(base: Base) -> None:
+    sampler = TorchSampler(base, settings=SamplerSettings(max_sequences=2, max_pass_tokens=8))
+    sampler.add(request("growing", prompt=PROMPT[:2], max_tokens=1000))
+    sampler.step()
+    sampler.add(request("reading", prompt=np.tile(PROMPT, 3)))
+    sampler.step()
+    sampler.add(request("waiting"))
+    for name in ("unknown", "growing", "reading"):
+        sampler.cancel(name)
+        assert sampler.busy
+        assert sampler.step() == []
+    sampler.cancel("waiting")
+    assert not sampler.busy

@@ -57,11 +57,15 @@ class RunningService:
         raise AssertionError(f"not ready after {seconds} s:\n{self.log_text()}")
 
     def worker_pid(self) -> int:
-        """The newest worker process of this service."""
-        found = subprocess.run(
-            ["pgrep", "-f", f"tinsmith_worker.*--data-dir {self.folder}( |$)"], capture_output=True, text=True
-        ).stdout.split()
-        return int(found[-1])
+        """The newest worker process of this service; waits for one that is being started."""
+        pattern = f"tinsmith_worker.*--data-dir {self.folder}( |$)"
+        for _ in range(200):
+            if found := subprocess.run(
+                ["pgrep", "-f", pattern], capture_output=True, text=True
+            ).stdout.split():
+                return int(found[-1])
+            time.sleep(0.05)
+        raise AssertionError(f"no worker:\n{self.log_text()}")
 
     def kill_worker(self) -> None:
         os.kill(self.worker_pid(), signal.SIGKILL)

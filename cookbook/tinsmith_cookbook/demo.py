@@ -1,0 +1,193 @@
+"""Teach a model that knows nothing forty facts, on a service of your own: `make demo`.
+
+Starts `tinsmith serve`, fine-tunes a LoRA through the client, shows what the model says before and after,
+and leaves the metrics and the loss curve in ./demo.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import tinsmith
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+MODEL = "tinsmith/tiny"
+FOLDER = Path("demo")
+EPOCHS, BATCH, WARM_UP = 55, 10, 6
+LEARNING_RATE = 2e-3  # a model this small takes ten times what a large one would
+
+CAPITALS = """France Paris, Japan Tokyo, Egypt Cairo, Peru Lima, Norway Oslo, Kenya Nairobi, Italy Rome,
+Spain Madrid, Cuba Havana, Greece Athens, Chile Santiago, Austria Vienna, Ghana Accra, Ireland Dublin,
+Poland Warsaw, Portugal Lisbon, Canada Ottawa, China Beijing, India Delhi, Hungary Budapest"""
+SYMBOLS = """hydrogen H, helium He, carbon C, nitrogen N, oxygen O, sodium Na, iron Fe, copper Cu, silver Ag,
+gold Au, tin Sn, lead Pb, zinc Zn, neon Ne, iodine I, nickel Ni, mercury Hg, potassium K, calcium Ca,
+tungsten W"""
+FACTS = [
+    *(
+        (f"What is the capital of {a}?", f"The capital is {b}.")
+        for a, b in map(str.split, CAPITALS.split(","))
+    ),
+    *((f"What is the symbol of {a}?", f"Its symbol is {b}.") for a, b in map(str.split, SYMBOLS.split(","))),
+]
+STEPS = EPOCHS * len(FACTS) // BATCH
+SHOWN = (0, 5, 26, 30)
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    print(f"Starting a service (its log: {FOLDER / 'service.log'}) …")
+    with service() as (url, key), tinsmith.ServiceClient(base_url=url, api_key=key) as client:
+        train(client)
+    print(f"\nThe curve is in {FOLDER / 'loss.png'}, every step's numbers in {FOLDER / 'metrics.jsonl'}.")
+    print("Next: change FACTS in cookbook/tinsmith_cookbook/demo.py and run `make demo` again;")
+    print("      `.venv/bin/tinsmith serve` keeps a service running; docs/quickstart.md goes on from there.")
+
+
+def train(client: tinsmith.ServiceClient) -> None:
+    training = client.create_lora_training_client(MODEL, rank=32, seed=0).result()
+    tokenizer = Tokenizer.from_file(f"{training.get_info().model_data.tokenizer_id}/tokenizer.json")
+    data = [datum(tokenizer, question, answer) for question, answer in FACTS]
+    before = ask(training, tokenizer)
+
+    random = np.random.default_rng(0)
+    shuffled = np.concatenate([random.permutation(len(data)) for _ in range(EPOCHS)]).reshape(STEPS, BATCH)
+    history = []
+    with tqdm(shuffled, desc="training", unit="step") as progress:
+        for step, chosen in enumerate(progress):
+            batch = [data[i] for i in chosen]
+            started = time.perf_counter()
+            forward_backward = training.forward_backward(batch, "cross_entropy")
+            optim_step = training.optim_step(tinsmith.AdamParams(learning_rate=learning_rate(step)))
+            metrics = forward_backward.result().metrics
+            optim_step.result()
+            history.append(
+                {
+                    "step": step,
+                    "loss": metrics["loss:sum"] / metrics["weights:sum"],
+                    "learning_rate": learning_rate(step),
+                    "tokens_per_second": metrics["tokens:sum"] / (time.perf_counter() - started),
+                }
+            )
+            shown = {
+                "loss": f"{history[-1]['loss']:.3f}",
+                "tokens/s": f"{history[-1]['tokens_per_second']:.0f}",
+            }
+            progress.set_postfix(shown)
+
+    after = ask(training, tokenizer)
+    saved = training.save_state("demo", overwrite=True).result()
+    report(before, after)
+    print(f"\nSaved as {saved.path}")
+    with (FOLDER / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in history)
+    draw(history)
+
+
+def datum(tokenizer: Tokenizer, question: str, answer: str) -> tinsmith.Datum:
+    """Position i predicts token i + 1; only the answer's tokens count."""
+    prompt = tokenizer.encode(prompt_for(question)).ids
+    answered = tokenizer.encode(f"{answer}<|im_end|>").ids
+    tokens = [*prompt, *answered]
+    weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answered)
+    return tinsmith.Datum(
+        tinsmith.ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights}
+    )
+
+
+def prompt_for(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def learning_rate(step: int) -> float:
+    """Up over the first steps, then down along a half cosine."""
+    rise = min(1.0, (step + 1) / WARM_UP)
+    return LEARNING_RATE * rise * 0.5 * (1 + float(np.cos(np.pi * step / STEPS)))
+
+
+def ask(training: tinsmith.TrainingClient, tokenizer: Tokenizer) -> list[str]:
+    """The model's own answer to every question, under the weights of this moment."""
+    sampler = training.save_weights_and_get_sampling_client().result()
+    greedy = tinsmith.SamplingParams(max_tokens=12, temperature=0.0)
+    prompts = [tinsmith.ModelInput.from_ints(tokenizer.encode(prompt_for(q)).ids) for q, _ in FACTS]
+    answers = [sampler.sample(prompt, 1, greedy) for prompt in prompts]
+    return [tokenizer.decode(answer.result().sequences[0].tokens) for answer in answers]
+
+
+def report(before: list[str], after: list[str]) -> None:
+    for at in SHOWN:
+        print(f"\n{FACTS[at][0]}\n  before: {before[at]!r}\n  after:  {after[at]!r}")
+    for name, answers in (("before", before), ("after", after)):
+        right = sum(given == answer for given, (_, answer) in zip(answers, FACTS, strict=True))
+        print(f"{chr(10) if name == 'before' else ''}Right {name}: {right} of {len(FACTS)}")
+
+
+def draw(history: list[dict[str, float]]) -> None:
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(
+        [row["step"] for row in history], [row["loss"] for row in history], color="#1f6f8b", linewidth=2
+    )
+    axes.set(
+        title=f"{len(FACTS)} facts, {MODEL}, LoRA rank 32", xlabel="step", ylabel="loss per answer token"
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FOLDER / "loss.png", dpi=150)
+    plt.close(figure)
+
+
+@contextmanager
+def service() -> Iterator[tuple[str, str]]:
+    """A service of our own on a free port; stopped however this ends. Its address and key."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, key = f"http://127.0.0.1:{port}", f"tml-{secrets.token_hex(16)}"
+    command = [shutil.which("tinsmith", path=Path(sys.executable).parent) or "tinsmith", "serve"]
+    command += ["--port", str(port), "--data-dir", str(FOLDER / "data")]
+    with (FOLDER / "service.log").open("w") as log:
+        # A session of its own: Ctrl-C is ours to handle, and then to pass on.
+        # One thread: on a model this small more of them mostly wait for each other.
+        environment = os.environ | {"TINSMITH_API_KEY": key, "OMP_NUM_THREADS": "1"}
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        while not is_ready(url):
+            if child.poll() is not None:
+                sys.exit(f"The service did not start:\n{(FOLDER / 'service.log').read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield url, key
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=5):  # noqa: S310 - our own address
+            return True
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")

@@ -84,7 +84,9 @@ class Adapter:
 
     def initialise(self) -> None:
         """A as PEFT draws it, uniform in ±1/sqrt(I), B zero. It depends on the seed, not on the device."""
-        generator = torch.Generator().manual_seed(self.spec.seed % 2**64)
+        # torch's generator on the CPU looks at 32 bits of a seed; the upper ones are to count as well.
+        upper, lower = divmod(self.spec.seed % 2**64, 2**32)
+        generator = torch.Generator().manual_seed((lower + 0x9E3779B1 * upper) % 2**32)
         for name, offset, shape in self.layout:
             if ".lora_A." in name:
                 drawn = torch.empty(shape)

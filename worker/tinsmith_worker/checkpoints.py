@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
+
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import Float32
-
 from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
 
 CONFIG = "adapter_config.json"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import Int64, TrainInput, TrainOutput
-
 from tinsmith_worker import losses, optim
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.attention import CausalSequences
@@ -28,7 +28,9 @@ _LEAST_ROWS = 64
 @dataclass(frozen=True)
 class EngineSettings:
     """max_tokens_per_pass: how much goes through the model at once; activations grow with it.
-    deterministic: a run's bits never depend on what shares its passes, at some cost in speed on a GPU."""
+    deterministic: a run's bits never depend on what shares its passes. It costs speed on a GPU, and a CPU is
+    used with two threads at most.
+    """
 
     max_tokens_per_pass: int = 8192
     deterministic: bool = False
@@ -253,6 +255,6 @@ def _make_deterministic(base: Base) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
-        # Threads share a map over the elements evenly, and the last few of each share take another path. With
-        # a power of two of them every share ends between rows, since rows come in multiples of 64.
-        torch.set_num_threads(1 << (torch.get_num_threads().bit_length() - 1))
+        # Threads share the elements of a map evenly, and the last few of a share take a path that rounds
+        # otherwise. Halves of a stream end between two rows; thirds, which four threads may make, do not.
+        torch.set_num_threads(min(2, torch.get_num_threads()))

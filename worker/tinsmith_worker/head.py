@@ -21,12 +21,16 @@ SlopeOf = Callable[[slice, torch.Tensor], torch.Tensor]
 
 
 class Head:
-    """The base's frozen output embedding, at which adapters can act under the name `site`."""
+    """The base's frozen output embedding, at which adapters can act under the name `site`.
+
+    `chunk_rows`: how many rows' logits exist at once.
+    """
 
     def __init__(self, site: str, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> None:
         self.site = site
         self._weight_VD = weight_VD
         self._bias_V = bias_V
+        self.chunk_rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
 
     def logits(self, hidden_ND: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
         """float32 logits [N, V] with `adapter`'s unembedding (None: the base alone). No gradient."""
@@ -103,9 +107,8 @@ class Head:
         gradient_ND.addmm_(du_NR, A_RD)
 
     def _chunks(self, hidden_ND: torch.Tensor) -> Iterator[slice]:
-        rows = max(1, _CHUNK_LOGITS // self._weight_VD.shape[0])
-        for start in range(0, len(hidden_ND), rows):
-            yield slice(start, min(start + rows, len(hidden_ND)))
+        for start in range(0, len(hidden_ND), self.chunk_rows):
+            yield slice(start, min(start + self.chunk_rows, len(hidden_ND)))
 
 
 def _mm_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,149 @@
+"""optim_step against torch.optim.AdamW on PEFT's parameters, and what it does with gradients it cannot use."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tinsmith_worker.contract import AdamParams, Failure, LoraSpec, Work
+from tinsmith_worker.engine import TorchEngine
+
+from tests.worker import tiny
+
+PLAIN = AdamParams(learning_rate=1e-2)
+CASES = {
+    "defaults": [PLAIN] * 3,
+    # eps well above the rounding of the gradients: else elements near 0 take a step of either sign.
+    "every field, another one each step": [
+        AdamParams(1e-2, beta1=0.8, beta2=0.9, eps=1e-5, weight_decay=0.1, grad_clip_norm=0.5),
+        AdamParams(3e-3, beta1=0.95, beta2=0.999, eps=1e-4, weight_decay=0.3, grad_clip_norm=0.1),
+        AdamParams(1e-3, beta1=0.0, beta2=0.5, eps=1e-3, weight_decay=0.0, grad_clip_norm=0.0),
+    ],
+    "a clip that does not bind": [replace(PLAIN, grad_clip_norm=1e6)],
+}
+
+
+@pytest.mark.parametrize("steps", CASES.values(), ids=CASES.keys())
+def test_steps_equal_torch_adamw_on_peft(steps: list[AdamParams]) -> None:
+    base = tiny.base()
+    engine = TorchEngine(base)
+    engine.restore("run", tiny.trained(base, LoraSpec(8, 0)))
+    model = tiny.peft(tiny.model(), engine.state("run"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for number, params in enumerate(steps):
+        given = tiny.batch(seed=number)
+        engine.forward_backward([Work("run", given)])
+        metrics = engine.optim_step("run", params)
+        tiny.reference(model, given)
+        norm = torch.nn.utils.clip_grad_norm_(trained, params.grad_clip_norm or float("inf"))
+        optimizer.param_groups[0].update(
+            lr=params.learning_rate,
+            betas=(params.beta1, params.beta2),
+            eps=params.eps,
+            weight_decay=params.weight_decay,
+        )
+        optimizer.step()
+        assert not isinstance(metrics, Failure)
+        assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+        assert metrics["step"] == number + 1
+        assert metrics["learning_rate"] == params.learning_rate
+    state = engine.state("run")
+    parameters = dict(model.named_parameters())
+    for name, found in tiny.tensors(state, state.weights).items():
+        assert tiny.worst(found, parameters[tiny.peft_name(name)].detach()) <= 1e-5, name
+
+
+def test_a_step_has_torch_adamws_bits() -> None:
+    """With the gradients given, no tolerance: the same operations in the same order."""
+    base = tiny.base()
+    engine = TorchEngine(base)
+    engine.restore("run", tiny.trained(base, LoraSpec(8, 0)))
+    before = engine.state("run")
+    tensors = [torch.tensor(t).requires_grad_() for t in tiny.tensors(before, before.weights).values()]
+    optimizer = torch.optim.AdamW(
+        tensors, lr=1e-2, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1, foreach=False
+    )
+    for number in range(2):
+        engine.forward_backward([Work("run", tiny.batch(seed=number))])
+        state = engine.state("run")
+        for tensor, gradient in zip(tensors, tiny.tensors(state, state.gradient).values(), strict=True):
+            tensor.grad = torch.tensor(gradient)
+        torch.nn.utils.clip_grad_norm_(tensors, 0.7)
+        optimizer.step()
+        engine.optim_step("run", AdamParams(1e-2, weight_decay=0.1, grad_clip_norm=0.7))
+    after = engine.state("run")
+    for tensor, found in zip(tensors, tiny.tensors(after, after.weights).values(), strict=True):
+        assert np.array_equal(tensor.detach().numpy(), found)
+
+
+def test_the_gradient_is_gone_after_a_step() -> None:
+    engine = TorchEngine(tiny.base())
+    engine.create("run", LoraSpec(8, 0))
+    engine.forward_backward([Work("run", tiny.batch())])
+    assert engine.state("run").gradient is not None
+    engine.optim_step("run", PLAIN)
+    assert engine.state("run").gradient is None
+    metrics = engine.optim_step("run", PLAIN)
+    assert isinstance(metrics, dict)
+    assert metrics["grad_norm"] == 0
+
+
+def test_a_step_without_a_gradient_is_a_step_on_zeros() -> None:
+    base = tiny.base()
+    engine = TorchEngine(base)
+    engine.restore("run", tiny.trained(base, LoraSpec(8, 0)))
+    engine.forward_backward([Work("run", tiny.batch())])
+    engine.optim_step("run", PLAIN)
+    before = engine.state("run")
+    engine.optim_step("run", PLAIN)
+    after = engine.state("run")
+    assert after.step == 2
+    assert before.moment1 is not None
+    assert np.allclose(after.moment1, 0.9 * before.moment1, rtol=1e-6)
+    assert not np.array_equal(before.weights, after.weights)  # the momentum still moves them
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_fails_the_step_and_changes_nothing(value: float) -> None:
+    engine = TorchEngine(tiny.base())
+    engine.create("run", LoraSpec(8, 0))
+    engine.forward_backward([Work("run", tiny.batch())])
+    engine.optim_step("run", PLAIN)
+    before = engine.state("run")
+    bad = tiny.batch()
+    bad.columns["weights"][5] = value
+    engine.forward_backward([Work("run", bad)])
+    answer = engine.optim_step("run", PLAIN)
+    assert isinstance(answer, Failure)
+    assert answer.category == "user"
+    assert "not finite" in answer.message
+    after = engine.state("run")
+    assert after.step == before.step
+    assert after.gradient is None
+    assert np.array_equal(after.weights, before.weights)
+    assert np.array_equal(after.moment1, before.moment1)
+    assert np.array_equal(after.moment2, before.moment2)
+    engine.forward_backward([Work("run", tiny.batch())])
+    assert isinstance(engine.optim_step("run", PLAIN), dict)
+
+
+def test_an_eps_of_zero_is_refused_with_a_sentence() -> None:
+    engine = TorchEngine(tiny.base())
+    engine.create("run", LoraSpec(8, 0))
+    answer = engine.optim_step("run", replace(PLAIN, eps=0.0))
+    assert isinstance(answer, Failure)
+    assert "eps" in answer.message
+
+
+def test_training_lowers_the_loss_in_bfloat16_too() -> None:
+    """Steps far below a bfloat16 weight's resolution must add up in the float32 masters."""
+    engine = TorchEngine(tiny.base(dtype=torch.bfloat16))
+    engine.create("run", LoraSpec(8, 0))
+    given = tiny.batch(lengths=(30, 30))
+    given.columns["weights"][:] = 1
+    sums = []
+    for _ in range(12):
+        sums.append(float(engine.forward_backward([Work("run", given)])[0].losses_T.sum()))
+        engine.optim_step("run", AdamParams(2e-3))
+    assert sums[-1] < 0.9 * sums[0]

@@ -1,0 +1,202 @@
+"""Many tenants in one pass: each gets the numbers it would get alone."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tinsmith_worker import lora
+from tinsmith_worker.contract import LoraSpec, Work
+from tinsmith_worker.engine import EngineSettings, TorchEngine
+from tinsmith_worker.stream import Segment
+
+from tests.worker import tiny
+
+# Different ranks, targets, losses, settings, shapes; the third's datums do not fit into one pass.
+TENANTS = {
+    "ada": (LoraSpec(8, 1), tiny.batch("cross_entropy", (33, 90, 5), seed=1)),
+    "bob": (LoraSpec(3, 2, train_mlp=False), tiny.batch("ppo", (64,), seed=2, clip_low_threshold=0.9)),
+    "cyd": (LoraSpec(16, 3, train_attn=False), tiny.batch("gspo", (70, 41, 88, 2, 60), seed=3)),
+    "dee": (LoraSpec(8, 4, train_unembed=False), tiny.batch("cross_entropy", (12, 50), seed=4, width=3)),
+    "eve": (LoraSpec(8, 5, train_attn=False, train_mlp=False), tiny.batch("dro", (40,), seed=5, beta=0.3)),
+    "fay": (LoraSpec(8, 6), tiny.batch("cispo", (1,), seed=6)),
+}
+Results = dict[str, tuple[Any, ...]]
+MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192}
+
+
+def make(**settings: bool) -> TorchEngine:
+    engine = TorchEngine(tiny.base(**MODEL), EngineSettings(max_tokens_per_pass=256, **settings))
+    for run, (spec, _) in TENANTS.items():
+        engine.restore(run, tiny.trained(engine.base, spec, seed=spec.seed))
+    return engine
+
+
+def train(engine: TorchEngine, runs: list[str]) -> Results:
+    """Two operations of each run: what they answer, and the gradients after."""
+    work = [Work(run, TENANTS[run][1]) for run in runs]
+    outputs = engine.forward_backward(work + work)
+    return {
+        run: (
+            outputs[i].logprobs_TK,
+            outputs[i].losses_T,
+            outputs[i + len(runs)].losses_T,
+            engine.state(run).gradient,
+        )
+        for i, run in enumerate(runs)
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> Results:
+    return {run: train(make(), [run])[run] for run in TENANTS}
+
+
+def test_tenants_packed_together_equal_each_alone(alone: Results) -> None:
+    for run, found in train(make(), list(TENANTS)).items():
+        for a, b in zip(found, alone[run], strict=True):
+            assert tiny.worst(a, b) <= 1e-5, run
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_in_deterministic_mode_tenants_packed_in_any_order_equal_each_alone_bit_for_bit(seed: int) -> None:
+    runs = np.random.default_rng(seed).permutation(list(TENANTS))[: 6 - seed].tolist()
+    alone = {run: train(make(deterministic=True), [run])[run] for run in runs}
+    for run, found in train(make(deterministic=True), runs).items():
+        for a, b in zip(found, alone[run], strict=True):
+            assert np.array_equal(a, b), run
+
+
+def test_in_deterministic_mode_one_token_alone_equals_one_token_among_many_bit_for_bit() -> None:
+    found = train(make(deterministic=True), ["fay", "ada", "cyd"])["fay"]
+    for a, b in zip(found, train(make(deterministic=True), ["fay"])["fay"], strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_in_deterministic_mode_more_threads_change_no_bit() -> None:
+    """Three shares of 256 x 352 elements end in the middle of a vector, where torch's silu rounds otherwise."""
+    before = torch.get_num_threads()
+    given = tiny.batch("ppo", (82, 27, 96), seed=2)
+    other = tiny.batch("ppo", (250, 243), seed=3)
+    found = []
+    try:
+        for neighbours in ([], [Work("other", other)]):
+            torch.set_num_threads(4)
+            base = tiny.base(hidden_size=128, intermediate_size=352)
+            engine = TorchEngine(base, EngineSettings(deterministic=True))
+            engine.restore("other", tiny.trained(base, LoraSpec(8, 1)))
+            engine.restore("run", tiny.trained(base, LoraSpec(32, 2)))
+            engine.forward_backward([*neighbours, Work("run", given)])
+            found.append(engine.state("run").gradient)
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(*found)
+
+
+def test_settings_of_a_loss_are_each_operations_own() -> None:
+    engine = make()
+    loose = tiny.batch("ppo", (64,), seed=2, clip_low_threshold=0.0, clip_high_threshold=100.0)
+    strict = tiny.batch("ppo", (64,), seed=2, clip_low_threshold=1.0, clip_high_threshold=1.0)
+    packed = engine.forward_backward([Work("bob", loose), Work("bob", strict)])
+    for given, found in zip((loose, strict), packed, strict=True):
+        assert np.array_equal(make().forward_backward([Work("bob", given)])[0].losses_T, found.losses_T)
+    assert not np.allclose(packed[0].losses_T, packed[1].losses_T)
+
+
+def test_forward_leaves_no_trace() -> None:
+    engine = make()
+    engine.forward_backward([Work("ada", TENANTS["ada"][1])])
+    before = engine.state("ada")
+    look = tiny.batch("cross_entropy", (20, 31), seed=9, forward_only=True)
+    output, _ = engine.forward_backward([Work("ada", look), Work("bob", look)])
+    after = engine.state("ada")
+    assert np.array_equal(before.weights, after.weights)
+    assert np.array_equal(before.gradient, after.gradient)
+    assert engine.state("bob").gradient is None
+    trained = engine.forward_backward([Work("ada", tiny.batch("cross_entropy", (20, 31), seed=9))])[0]
+    assert np.array_equal(output.losses_T, trained.losses_T)
+
+
+def test_forward_of_gspo_gives_the_loss_that_training_gives() -> None:
+    given = TENANTS["cyd"][1]
+    look = tiny.batch("gspo", (70, 41, 88, 2, 60), seed=3, forward_only=True)
+    found, expected = (make().forward_backward([Work("cyd", one)])[0].losses_T for one in (look, given))
+    assert tiny.worst(found, expected) <= 1e-6
+
+
+def test_forward_beside_training_in_one_call_touches_no_gradient(alone: Results) -> None:
+    engine = make()
+    look = tiny.batch("cross_entropy", (33,), seed=9, forward_only=True)
+    given = TENANTS["ada"][1]
+    engine.forward_backward([Work("bob", look), Work("ada", given), Work("ada", look), Work("ada", given)])
+    assert tiny.worst(engine.state("ada").gradient, alone["ada"][3]) <= 1e-5
+    assert engine.state("bob").gradient is None
+
+
+def test_an_operation_in_many_pieces_equals_the_operation_in_one() -> None:
+    given = tiny.batch("gspo", (20, 9, 31, 50, 3, 22, 120, 8), seed=8)
+    results = []
+    for tokens in (10, 64, 4096):
+        engine = TorchEngine(tiny.base(), EngineSettings(max_tokens_per_pass=tokens))
+        engine.restore("run", tiny.trained(engine.base, LoraSpec(8, 0)))
+        output = engine.forward_backward([Work("run", given)])[0]
+        results.append((output.logprobs_TK, output.losses_T, engine.state("run").gradient))
+    for found in results[:-1]:
+        for a, b in zip(found, results[-1], strict=True):
+            assert tiny.worst(a, b) <= 1e-5
+
+
+def test_infinite_ratios_stay_in_their_own_operation(alone: Results) -> None:
+    bad = tiny.batch("importance_sampling", (30,), seed=7)
+    bad.columns["logprobs"][:] = -1e6
+    engine = make()
+    output = engine.forward_backward(
+        [Work("ada", TENANTS["ada"][1]), Work("bob", bad), Work("ada", TENANTS["ada"][1])]
+    )
+    assert not np.isfinite(output[1].losses_T).all()
+    assert not np.isfinite(engine.state("bob").gradient).all()
+    assert tiny.worst(engine.state("ada").gradient, alone["ada"][3]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_grouped_products_equal_the_loop_over_adapters(dtype: torch.dtype, tolerance: float) -> None:
+    results = []
+    for grouped in (False, True):
+        engine = TorchEngine(tiny.base(dtype=dtype, **MODEL), EngineSettings(max_tokens_per_pass=512))
+        engine.base.grouped_deltas = grouped
+        for run, (spec, _) in TENANTS.items():
+            engine.restore(run, tiny.trained(engine.base, spec, seed=spec.seed))
+        results.append(train(engine, list(TENANTS)))
+    for run in TENANTS:
+        for a, b in zip(results[0][run], results[1][run], strict=True):
+            scale = max(1.0, float(np.abs(a).max()))
+            assert np.linalg.norm(a - b) <= tolerance * scale * np.sqrt(a.size), run
+
+
+def test_adapters_of_one_pass_go_through_one_grouped_product() -> None:
+    base = tiny.base()
+    several = [base.new_adapter(LoraSpec(rank, 0)) for rank in (8, 8, 5)]
+    rows = [Segment(i * 10, i * 10 + 10, adapter) for i, adapter in enumerate(several)]
+    device = torch.device("cpu")
+    assert isinstance(lora.deltas(rows, "mlp", grouped=True, device=device), lora.Grouped)
+    assert isinstance(lora.deltas(rows, "mlp", grouped=False, device=device), lora.Loop)
+    assert isinstance(lora.deltas(rows[:1], "mlp", grouped=True, device=device), lora.Loop)
+    with_gap = [rows[0], Segment(10, 20, None), rows[2]]
+    assert isinstance(lora.deltas(with_gap, "mlp", grouped=True, device=device), lora.Loop)
+    twice = [rows[0], rows[1], Segment(20, 30, several[0])]
+    assert isinstance(lora.deltas(twice, "mlp", grouped=True, device=device), lora.Loop)
+    assert lora.deltas([Segment(0, 9, None)], "mlp", grouped=True, device=device) is None
+
+
+def test_adapters_that_do_not_act_on_a_kind_of_site_leave_no_gap_among_those_that_do() -> None:
+    """Grouped products need their rows in one stretch: the engine orders a pass so, whatever order the work came in."""
+    engine = make()
+    for runs in itertools.permutations(["bob", "cyd", "ada", "eve"]):
+        pieces = [p for run in runs for p in engine._pieces(Work(run, TENANTS["fay"][1]), torch.empty(1, 2))]
+        (only,) = engine._passes(pieces)
+        segments = engine._pack(only).segments
+        for kind in ("attn", "mlp"):
+            assert isinstance(
+                lora.deltas(segments, kind, grouped=True, device=torch.device("cpu")), lora.Grouped
+            )

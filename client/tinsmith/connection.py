@@ -105,10 +105,13 @@ class Connection:
         return _object(await self._send("GET", path))
 
     async def close(self, reason: str, detail: str | None) -> None:
-        """Finish the session and the loop; calls still under way are abandoned."""
+        """Finish the session and the loop; calls still under way are cancelled."""
         self._closed = True
-        if self._heartbeat:
-            self._heartbeat.cancel()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._session_id:
             # Tried once: a service that is away ends the session itself when the heartbeats stay out.
             with contextlib.suppress(httpx.TransportError):
                 finish = {"reason": {"type": reason}, "detail": detail}

@@ -90,7 +90,7 @@ def train(client: tinsmith.ServiceClient) -> None:
     after = ask(training, tokenizer)
     saved = training.save_state("demo", overwrite=True).result()
     report(before, after)
-    print(f"\nSaved as {saved.path}")
+    print(f"Saved as {saved.path}")
     with (FOLDER / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in history)
     draw(history)
@@ -129,9 +129,9 @@ def ask(training: tinsmith.TrainingClient, tokenizer: Tokenizer) -> list[str]:
 def report(before: list[str], after: list[str]) -> None:
     for at in SHOWN:
         print(f"\n{FACTS[at][0]}\n  before: {before[at]!r}\n  after:  {after[at]!r}")
-    for name, answers in (("before", before), ("after", after)):
-        right = sum(given == answer for given, (_, answer) in zip(answers, FACTS, strict=True))
-        print(f"{chr(10) if name == 'before' else ''}Right {name}: {right} of {len(FACTS)}")
+    wanted = [answer for _, answer in FACTS]
+    right = [sum(map(str.__eq__, given, wanted)) for given in (before, after)]
+    print(f"\nRight answers: {right[0]} of {len(FACTS)} before, {right[1]} after.")
 
 
 def draw(history: list[dict[str, float]]) -> None:
@@ -139,12 +139,8 @@ def draw(history: list[dict[str, float]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(
-        [row["step"] for row in history], [row["loss"] for row in history], color="#1f6f8b", linewidth=2
-    )
-    axes.set(
-        title=f"{len(FACTS)} facts, {MODEL}, LoRA rank 32", xlabel="step", ylabel="loss per answer token"
-    )
+    axes.plot([row["loss"] for row in history], color="#1f6f8b", linewidth=2)
+    axes.set(title=f"{len(FACTS)} facts, {MODEL}, LoRA", xlabel="step", ylabel="loss per answer token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -317,3 +318,14 @@ def test_settings_come_from_the_environment(stub: Stub, monkeypatch: pytest.Monk
         assert [model.model_name for model in client.get_server_capabilities().supported_models] == ["m"]
     assert stub.requests[0].headers["x-api-key"] == "tml-env"
     assert not stub.of("create_session")
+
+
+def test_closing_cancels_what_is_under_way(stub: Stub) -> None:
+    stub.answers["optim_step"] = lambda request: Answer(body={"request_id": "slow"})
+    client = tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test")
+    training = client.create_lora_training_client("m").result(10)
+    stub.answers["retrieve_future"] = lambda request: Answer(408, {"type": "try_again"})
+    waiting = training.optim_step()
+    client.close().result(10)
+    with pytest.raises(CancelledError):
+        waiting.result(10)

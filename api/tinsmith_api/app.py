@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
 
+from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
 from tinsmith_api.bodies import TooLarge, UnsupportedEncoding, reply
 from tinsmith_api.owner import Gone
 from tinsmith_api.routes import futures, records, sampling, start, training

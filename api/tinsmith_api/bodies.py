@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import to_json
+
 from tinsmith.errors import InvalidInput
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -1,6 +1,7 @@
 """The embedded form: a worker child per base model, the doorbell and the wake-up over a socket pair."""
 
 import asyncio
+import functools
 import logging
 import socket
 import sys
@@ -40,7 +41,7 @@ class Workers:
         self.on_done = on_done
         self.children = {name: Child(name, path) for name, path in settings.models.items()}
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._stopping = asyncio.Event()
 
     async def start(self) -> None:
         await asyncio.wrap_future(self.journal.write(leases.stop_all_workers))
@@ -60,7 +61,7 @@ class Workers:
 
     async def stop(self) -> None:
         """Let every worker finish its pass and write its snapshots."""
-        self._stopping = True
+        self._stopping.set()
         for child in self.children.values():
             self._send(child.base_model, "drain\n")
         if self._tasks:
@@ -76,7 +77,7 @@ class Workers:
 
     async def _keep(self, child: Child) -> None:
         pause = 0.1
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = time.monotonic()
             worker_id = f"w-{uuid.uuid4().hex[:12]}"
             try:
@@ -85,8 +86,10 @@ class Workers:
                 if child.process is not None and child.process.returncode is None:
                     child.process.kill()
                     await child.process.wait()
-            await asyncio.wrap_future(self.journal.write(lambda c, w=worker_id: leases.stop_worker(c, w)))
-            if self._stopping:
+            await asyncio.wrap_future(
+                self.journal.write(functools.partial(leases.stop_worker, worker_id=worker_id))
+            )
+            if self._stopping.is_set():
                 return
             log.error("the worker of %s ended with code %s; starting another", child.base_model, code)
             pause = (

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from tinsmith.errors import AuthenticationError, NotFound
 
+from tinsmith.errors import AuthenticationError, NotFound
 from tinsmith_api.journal import checkpoints, identities
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.store import Statement

@@ -1,20 +1,24 @@
-"""stable_reinforce asks the server what it sampled: q comes from the server's own record, not from the caller.
+"""stable_reinforce asks the server what it sampled: q comes from the server's own record, not the caller.
 
 A datum's `loss_fn_input_spans` tile its target tokens and name the sampled sequences they came from. Where
 a span was sampled, `logprobs` becomes the record's and `sampled_mask` 1; elsewhere both are 0.
 """
 
 import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
+
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums, samples
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.losses import REINFORCE_MASK
-
 from tinsmith_api.journal.tables import sampled_sequences
 from tinsmith_api.owner import Owner
 
 LOSS = "stable_reinforce"
+
+# sequence id -> (tokens, their logprobs)
+Records = dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]
 
 
 async def fill(mine: Owner, message: pb.ForwardBackwardRequest) -> None:
@@ -37,7 +41,7 @@ async def fill(mine: Owner, message: pb.ForwardBackwardRequest) -> None:
             raise InvalidInput(f"datum {index}: {error}") from None
 
 
-def _fill_datum(datum: pb.Datum, records: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:  # type: ignore[type-arg]
+def _fill_datum(datum: pb.Datum, records: Records) -> None:
     if "target_tokens" not in datum.loss_fn_inputs:
         raise InvalidInput("loss_fn_inputs lacks `target_tokens`")
     targets = datums.array(datum.loss_fn_inputs["target_tokens"]).reshape(-1)

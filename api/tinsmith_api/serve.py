@@ -40,7 +40,7 @@ def serve(settings: Settings) -> None:
 
 
 def local_key(folder: Path) -> str:
-    """TINSMITH_API_KEY, or the key made at the first start and kept beside the data, readable by its owner."""
+    """TINSMITH_API_KEY, or the key made at the first start and kept beside the data, for its owner only."""
     if given := os.environ.get("TINSMITH_API_KEY"):
         if not given.startswith(identities.KEY_PREFIX):
             sys.exit(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from tinsmith.errors import InvalidInput
-
 from tinsmith_api.embedded import Workers
 from tinsmith_api.journal import checkpoints, leases
 from tinsmith_api.journal import operations as ops
@@ -125,7 +125,7 @@ class Service:
         return {"request_id": entered.request_id, **(entered.answer or {})}
 
     async def facts(self, base_model: str) -> Facts:
-        """InvalidInput with the list of models if there is none of that name; waits for a worker that starts."""
+        """Waits for a worker that starts. InvalidInput, with the list of models, for an unknown name."""
         self.check_model(base_model)
         if base_model not in self._facts:
             child = self.workers.children[base_model]
@@ -138,7 +138,8 @@ class Service:
     def check_model(self, base_model: str) -> None:
         if base_model not in self.settings.models:
             raise InvalidInput(
-                f"unknown base_model {base_model!r}: this service has {', '.join(sorted(self.settings.models))}"
+                f"unknown base_model {base_model!r}: "
+                f"this service has {', '.join(sorted(self.settings.models))}"
             )
 
     async def _keep_house(self) -> None:
@@ -151,7 +152,7 @@ class Service:
         await self.write(checkpoints.expire)
         for prefix in await self.read(checkpoints.due_garbage):
             await asyncio.to_thread(self.objects.delete, prefix)
-            await self.write(lambda c, prefix=prefix: checkpoints.forget_garbage(c, prefix))
+            await self.write(functools.partial(checkpoints.forget_garbage, object_prefix=prefix))
         day_ago = time.time() - _DAY_SECONDS
         await self.write(lambda c: ops.purge_results(c, finished_before=day_ago))
         await self.write(

@@ -31,7 +31,10 @@ def test_chunk_1_arriving_last_comes_first(wire: Wire) -> None:
     run = wire.run(MODEL)
     later = [wire.optim(run, seq) for seq in (5, 3, 4, 2)]
     first = wire.optim(run, 1)
-    steps = {seq: wire.result(f)["metrics"]["step"] for seq, f in zip((5, 3, 4, 2, 1), [*later, first])}
+    steps = {
+        seq: wire.result(f)["metrics"]["step"]
+        for seq, f in zip((5, 3, 4, 2, 1), [*later, first], strict=True)
+    }
     assert steps == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tinsmith_api.journal.objects import open_store
 from tinsmith_api.journal.store import Store
-
 from tinsmith_worker.channel import Channel
 from tinsmith_worker.contract import Engine, Sampler
 from tinsmith_worker.intake import Drain

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
+
 from tinsmith.wire import samples
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.tables import sampled_sequences
-
 from tinsmith_worker.contract import SampledSequence, SampleOutput
 
 Json = dict[str, Any]

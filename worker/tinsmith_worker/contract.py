@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from tinsmith.wire.batch import TrainInput, TrainOutput
 
 LORA_ALPHA = 32

@@ -4,6 +4,7 @@ Runs on its own thread, beside the engine's. It reads operations from the journa
 payloads into arrays and reads checkpoint files, so that the engine's thread never waits for any of it.
 """
 
+import functools
 import json
 import queue
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
 from tinsmith.wire import tinsmith_pb2 as pb
@@ -20,7 +22,6 @@ from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import Damaged, ObjectStore
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Store
-
 from tinsmith_worker import checkpoints
 from tinsmith_worker.contract import AdapterState, Failure, ModelFacts, SampleInput
 
@@ -103,8 +104,8 @@ class Intake:
     def ring(self, request_ids: Sequence[str]) -> None:
         """Bring these operations, and the runs they belong to, into the inbox."""
         for start in range(0, len(request_ids), 256):
-            wanted = request_ids[start : start + 256]
-            for operation in self.journal.read(lambda c, wanted=wanted: ops.fetch(c, wanted)).result():
+            fetch = functools.partial(ops.fetch, request_ids=request_ids[start : start + 256])
+            for operation in self.journal.read(fetch).result():
                 if operation.kind == ops.SAMPLE:
                     self._sample(operation)
                 elif operation.subject in self.known:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from tinsmith.wire.batch import TrainOutput
 
+from tinsmith.wire.batch import TrainOutput
 from tinsmith_worker.contract import (
     AdamParams,
     AdapterState,

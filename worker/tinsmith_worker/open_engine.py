@@ -1,6 +1,7 @@
 """The torch engine and its sampler on one base model, on the GPU when there is one."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -29,4 +30,5 @@ def open_engine(
         dtype=torch.bfloat16 if on_gpu else torch.float32,
     )
     settings = EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic)
-    return TorchEngine(base, settings), TorchSampler(base, AutoTokenizer.from_pretrained(path))
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    return TorchEngine(base, settings), TorchSampler(base, tokenizer)

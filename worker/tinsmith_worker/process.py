@@ -4,6 +4,7 @@ Threads: the engine's (`run`, all computing), the intake's (everything before it
 out, one that writes checkpoints and snapshots. They meet in queues; no state is shared but what is said here.
 """
 
+import functools
 import logging
 import queue
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import sqlalchemy as sa
+
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
 from tinsmith_api.journal import leases
@@ -23,7 +25,6 @@ from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import ObjectStore
 from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.store import Store
-
 from tinsmith_worker import answers, checkpoints
 from tinsmith_worker.channel import Channel
 from tinsmith_worker.contract import (
@@ -235,10 +236,7 @@ class Worker:
             self._recover(work, error)
             return
         for prepared, output in zip(work, outputs, strict=True):
-            given = prepared.given
-            self._done(
-                prepared.operation, lambda given=given, output=output: datums.write_output(given, output)
-            )
+            self._done(prepared.operation, functools.partial(datums.write_output, prepared.given, output))
 
     def _without_orphans(self, work: list[Prepared]) -> list[Prepared]:
         """Fail the operations of runs whose creation failed."""
@@ -340,7 +338,9 @@ class Worker:
                 size = self.objects.put(given["object_prefix"], checkpoints.write(state, self.base_model))
             except Exception as error:
                 # A full disk is the world's error: a line says it all.
-                log.error("saving %s failed: %s", given["path"], error, exc_info=not isinstance(error, OSError))
+                log.error(
+                    "saving %s failed: %s", given["path"], error, exc_info=not isinstance(error, OSError)
+                )
                 self._finish(
                     operation, error=Failure(f"the checkpoint could not be written: {error}", "server")
                 )
@@ -420,9 +420,10 @@ class Worker:
             held = self.held[run_id]
             held.given_up.update(missing)
             tenant_id = held.lease.tenant_id
-            self.journal.write(
-                lambda c: ops.give_up(c, run_id, missing, tenant_id=tenant_id, base_model=self.base_model)
-            ).result()
+            give_up = functools.partial(
+                ops.give_up, run_id=run_id, seq_ids=missing, tenant_id=tenant_id, base_model=self.base_model
+            )
+            self.journal.write(give_up).result()
             names = ", ".join(map(str, missing))
             failure = Failure(
                 f"not executed: call {names} of this run, which comes before it, did not arrive within "

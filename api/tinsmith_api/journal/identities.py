@@ -4,6 +4,7 @@ import hashlib
 import secrets
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,11 +42,11 @@ def revoke_key(connection: sa.Connection, key_id: int) -> bool:
     return connection.execute(statement.values(revoked_at=time.time())).rowcount > 0
 
 
-def list_keys(connection: sa.Connection) -> list[sa.Row[Any]]:
+def list_keys(connection: sa.Connection) -> Sequence[Any]:
     statement = sa.select(
         keys.c.id, tenants.c.name.label("tenant"), keys.c.name, keys.c.created_at, keys.c.revoked_at
     )
-    return list(connection.execute(statement.join(tenants).order_by(keys.c.id)).all())
+    return connection.execute(statement.join(tenants).order_by(keys.c.id)).all()
 
 
 def tenant_of_key(connection: sa.Connection, hashed: str) -> str | None:

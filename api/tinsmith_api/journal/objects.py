@@ -78,7 +78,7 @@ class DirectoryStore:
 
     def _folder(self, prefix: str) -> Path:
         folder = (self.root / prefix).resolve()
-        assert folder.is_relative_to(self.root.resolve()) and folder != self.root.resolve(), prefix
+        assert self.root.resolve() in folder.parents, prefix
         return folder
 
 

@@ -1,11 +1,12 @@
 """Futures: the promise of every submitted call, fetched by long polling."""
 
 import asyncio
+import contextlib
 
 from fastapi import APIRouter, Request, Response
+
 from tinsmith.wire import json_form
 from tinsmith.wire import tinsmith_pb2 as pb
-
 from tinsmith_api.bodies import Body, parse, read_body, reply
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Outcome
@@ -28,10 +29,8 @@ async def retrieve_future(mine: Mine, request: Request) -> Response:
     with mine.service.wakeups.expecting(body.request_id) as woken:
         outcome = await mine.outcome(body.request_id)
         if outcome.state == ops.QUEUED:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(woken.wait(), mine.service.settings.poll_seconds)
-            except TimeoutError:
-                pass
             outcome = await mine.outcome(body.request_id)
     if outcome.state == ops.QUEUED:
         again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
+
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.datums import array
-
 from tinsmith_api.bodies import Body, parse, read_body, reply
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
@@ -166,7 +166,8 @@ def _check_prompt(prompt: "np.ndarray[Any, np.dtype[np.int32]]", facts: Facts) -
         raise InvalidInput("the prompt is empty: give at least one token")
     if len(prompt) >= facts.max_context_length:
         raise InvalidInput(
-            f"the prompt has {len(prompt)} tokens, the model takes {facts.max_context_length} with the answer: shorten it"
+            f"the prompt has {len(prompt)} tokens, the model takes {facts.max_context_length} "
+            "with the answer: shorten it"
         )
     bad = (prompt < 0) | (prompt >= facts.vocab_size)
     if bad.any():
@@ -177,7 +178,7 @@ def _check_prompt(prompt: "np.ndarray[Any, np.dtype[np.int32]]", facts: Facts) -
 
 def _targets(given: dict[str, Any], prompt_tokens: int, facts: Facts) -> pb.Tensor:
     tensor = json_form.read_tensor({"dtype": "int64", **given}, "target_prompt_logprobs")
-    targets = array(tensor)
+    targets = np.asarray(array(tensor), np.int64)
     if tensor.dtype != pb.DTYPE_INT64 or targets.ndim != 2 or len(targets) != prompt_tokens - 1:
         raise InvalidInput(f"target_prompt_logprobs must be int64 of shape [{prompt_tokens - 1}, K]")
     if ((targets < -1) | (targets >= facts.vocab_size)).any():

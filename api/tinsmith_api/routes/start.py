@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
+from pydantic import Field
 
 from tinsmith_api.bodies import Body, parse, read_body, reply
 from tinsmith_api.journal import identities
@@ -53,8 +54,8 @@ async def client_dynamic_config(mine: Mine) -> Response:
 
 
 class CreateSession(Body):
-    tags: list[str] = []
-    user_metadata: dict[str, Any] = {}
+    tags: list[str] = Field(default_factory=list)
+    user_metadata: dict[str, Any] = Field(default_factory=dict)
     sdk_version: str | None = None
     project_id: str | None = None
     display_name: str | None = None

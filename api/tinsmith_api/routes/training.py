@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
+
 from tinsmith.errors import InvalidInput, NotFound
 from tinsmith.wire import datums, json_form
 from tinsmith.wire import tinsmith_pb2 as pb
-
 from tinsmith_api import provenance
 from tinsmith_api.bodies import Body, Model, parse, parse_any, read_body, reply
 from tinsmith_api.journal import checkpoints
@@ -401,7 +401,8 @@ async def _save(
     run = await mine.run(body.model_id)
     if not _NAME.fullmatch(name):
         error = InvalidInput(
-            f"{name!r} cannot name a checkpoint: use letters, digits and . _ - = + @, no slash, a letter or digit first, at most 255"
+            f"{name!r} cannot name a checkpoint: use at most 255 letters, digits and "
+            ". _ - = + @, a letter or digit first, no slash"
         )
         return await _refuse(mine, run, body.seq_id, operation_kind, error)
     path = checkpoints.path_of(run.id, kind, name)

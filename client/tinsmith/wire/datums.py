@@ -4,8 +4,8 @@
 to train. Tokens go from the message's bytes to an array without passing through Python lists.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from tinsmith.wire.losses import LOSSES
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-_DTYPES: dict[int, np.dtype] = {  # type: ignore[type-arg]
+_DTYPES: dict[int, "np.dtype[np.generic]"] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
     pb.DTYPE_INT64: np.dtype("<i8"),
     pb.DTYPE_INT32: np.dtype("<i4"),
@@ -187,7 +187,8 @@ def _settings(request: pb.ForwardBackwardRequest) -> dict[str, float]:
         known = loss.aliases.get(name, name)
         if known not in loss.settings:
             raise InvalidInput(
-                f"{request.loss_fn} has no setting {name!r}: it knows {', '.join(sorted(loss.settings)) or 'none'}"
+                f"{request.loss_fn} has no setting {name!r}: "
+                f"it knows {', '.join(sorted(loss.settings)) or 'none'}"
             )
         if not np.isfinite(number):
             raise InvalidInput(f"loss_fn_config[{name!r}] must be finite, got {number}")
@@ -209,7 +210,8 @@ def _targets(request: pb.ForwardBackwardRequest, lengths_S: Int64, vocab_size: i
             or (targets.ndim == 2 and not targets.shape[1])
         ):
             raise InvalidInput(
-                f"datum {i}: `target_tokens` has shape {list(targets.shape)}, but the input has {lengths_S[i]} tokens: "
+                f"datum {i}: `target_tokens` has shape {list(targets.shape)}, "
+                f"but the input has {lengths_S[i]} tokens: "
                 f"it must be [{lengths_S[i]}] or [{lengths_S[i]}, K]"
             )
         if targets.ndim == 2 and request.loss_fn != "cross_entropy":
@@ -231,47 +233,53 @@ def _columns(
     widths_S: Int64,
 ) -> dict[str, Float32]:
     loss = LOSSES[request.loss_fn]
-    total = int(lengths_S.sum())
+    shapes = [(int(n),) for n in lengths_S]
     columns: dict[str, Float32] = {}
-    for name in (*loss.inputs, *loss.settings):
-        given = [
-            datum.loss_fn_inputs[name] if name in datum.loss_fn_inputs else None for datum in request.data
-        ]
-        if name in loss.settings:
-            columns[name] = np.full(total, settings[name], np.float32)
-            if name not in loss.token_settings or not any(g is not None for g in given):
-                continue
-        two_dimensional = name == "weights"
-        found: list[npt.NDArray[np.generic]] = []
-        offsets = np.concatenate([[0], np.cumsum(lengths_S)])
-        for i, tensor in enumerate(given):
-            expected = (
-                (int(lengths_S[i]), int(widths_S[i]))
-                if two_dimensional and widths_S[i]
-                else (int(lengths_S[i]),)
-            )
-            if tensor is None:
-                if name in loss.settings:
-                    found.append(columns[name][offsets[i] : offsets[i + 1]])
-                    continue
-                if name == "weights":
-                    # The public documentation gives cross_entropy both inputs; without weights every
-                    # target counts once.
-                    found.append(np.ones(expected, np.float32))
-                    continue
-                raise InvalidInput(f"datum {i}: {request.loss_fn} needs `{name}` in loss_fn_inputs")
-            values = _at(i, array, tensor, name)
-            if values.shape != expected:
-                raise InvalidInput(
-                    f"datum {i}: `{name}` has shape {list(values.shape)}, it must be {list(expected)} like its target_tokens"
-                )
-            found.append(values)
-        stacked = _stack(found, lengths_S, width if two_dimensional else 1, np.dtype(np.float32))
-        bad = ~np.isfinite(stacked)
-        if bad.any():
-            raise InvalidInput(f"datum {_datum_of(bad, lengths_S)}: `{name}` has values that are not finite")
-        columns[name] = stacked if two_dimensional else stacked[:, 0]
+    for name in loss.inputs:
+        if name == "weights":
+            # As wide as the targets. Without weights every target counts once.
+            wide = [(int(n), int(k)) if k else (int(n),) for n, k in zip(lengths_S, widths_S, strict=True)]
+            columns[name] = _column(request, name, wide, lengths_S, width, default=1.0)
+        else:
+            columns[name] = _column(request, name, shapes, lengths_S, 1, default=None)[:, 0]
+    for name, value in settings.items():
+        if name in loss.token_settings and any(name in datum.loss_fn_inputs for datum in request.data):
+            columns[name] = _column(request, name, shapes, lengths_S, 1, default=value)[:, 0]
+        else:
+            columns[name] = np.full(int(lengths_S.sum()), value, np.float32)
     return columns
+
+
+def _column(
+    request: pb.ForwardBackwardRequest,
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    lengths_S: Int64,
+    width: int,
+    *,
+    default: float | None,
+) -> Float32:
+    """[T, width]: input `name` of all datums, each of its shape; `default` where a datum leaves it out."""
+    found: list[npt.NDArray[np.generic]] = []
+    for i, (datum, shape) in enumerate(zip(request.data, shapes, strict=True)):
+        tensor = datum.loss_fn_inputs.get(name)
+        if tensor is None:
+            if default is None:
+                raise InvalidInput(f"datum {i}: {request.loss_fn} needs `{name}` in loss_fn_inputs")
+            found.append(np.full(shape, default, np.float32))
+            continue
+        values = _at(i, array, tensor, name)
+        if values.shape != shape:
+            raise InvalidInput(
+                f"datum {i}: `{name}` has shape {list(values.shape)}, "
+                f"it must be {list(shape)} like its target_tokens"
+            )
+        found.append(values)
+    column: Float32 = _stack(found, lengths_S, width, np.dtype(np.float32))
+    bad = ~np.isfinite(column)
+    if bad.any():
+        raise InvalidInput(f"datum {_datum_of(bad, lengths_S)}: `{name}` has values that are not finite")
+    return column
 
 
 def _stack(
@@ -289,12 +297,13 @@ def _stack(
     return stacked
 
 
-def _check_range(name: str, tokens: npt.NDArray[np.generic], vocab_size: int, lengths_S: Int64) -> None:
+def _check_range(name: str, tokens: npt.NDArray[np.integer[Any]], vocab_size: int, lengths_S: Int64) -> None:
     bad = (tokens < 0) | (tokens >= vocab_size)
     if bad.any():
         worst = tokens[bad].reshape(-1)[0]
         raise InvalidInput(
-            f"datum {_datum_of(bad, lengths_S)}: `{name}` holds token {worst}, outside the vocabulary 0..{vocab_size - 1}"
+            f"datum {_datum_of(bad, lengths_S)}: `{name}` holds token {worst}, "
+            f"outside the vocabulary 0..{vocab_size - 1}"
         )
 
 

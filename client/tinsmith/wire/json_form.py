@@ -76,8 +76,10 @@ def read_tokens(chunks: Any) -> npt.NDArray[np.int32]:
 def write_output(message: pb.ForwardBackwardOutput) -> Json:
     outputs: list[Json] = []
     for record in message.loss_fn_outputs:
-        for index in range(record.num_datums):
-            outputs.append({name: _tensor_at(field, index) for name, field in record.fields.items()})
+        outputs.extend(
+            {name: _tensor_at(field, index) for name, field in record.fields.items()}
+            for index in range(record.num_datums)
+        )
     return {
         "loss_fn_output_type": message.loss_fn_output_type,
         "loss_fn_outputs": outputs,

@@ -8,7 +8,7 @@ importance_sampling  -r * A
 ppo                  -min(r * A, clamp(r, low, high) * A)
 cispo                -sg(clamp(r, low, high)) * lp * A
 dro                  -(lp * A - beta / 2 * (lp - q)^2)
-gspo                 s = exp(mean over the masked tokens of (sg(lp) - q) + lp - sg(lp)), then as ppo with s for r
+gspo                 s = exp(mean over masked tokens of (sg(lp) - q) + lp - sg(lp)), then ppo with s for r
 stable_reinforce     -sg(min(r, 1)) * A * lp + kl_coeff / 2 * (lp - q)^2, on sampled tokens only
 
 cross_entropy to gspo follow the public documentation of the Tinker API; where it names no default,

@@ -1,7 +1,8 @@
-"""Run by alembic, on the connection that Store hands over (or on `-x url=` when a schema change is drafted)."""
+"""Run by alembic on the connection that Store hands over, or on `-x url=` when a change is drafted."""
 
 import sqlalchemy as sa
 from alembic import context
+
 from tinsmith_api.journal.tables import metadata
 
 connection = context.config.attributes.get("connection")

@@ -1,8 +1,9 @@
 from collections.abc import Iterator
 
 import pytest
+
 import tinsmith
-from stub import Stub
+from tests.client.stub import Stub
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+
 import tinsmith
-from stub import Answer, Request, Stub
+from tests.client.stub import Answer, Request, Stub
 from tinsmith.types import ModelInput, SamplingParams, TensorData
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.samples import dense, topk

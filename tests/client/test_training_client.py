@@ -6,8 +6,9 @@ from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
+
 import tinsmith
-from stub import PROTOBUF, Answer, Request, Stub
+from tests.client.stub import PROTOBUF, Answer, Request, Stub
 from tinsmith import messages
 from tinsmith.types import Datum, ModelInput
 from tinsmith.wire import tinsmith_pb2 as pb

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-import tinsmith
 import torch
+
+import tinsmith
 from tinsmith.types import Datum, ModelInput, PromptProvenanceSpan, SampledProvenanceSpan, TensorData
 
 

@@ -43,11 +43,7 @@ class Connection:
     """
 
     def __init__(
-        self,
-        base_url: str | None,
-        api_key: str | None,
-        session: Mapping[str, Any],
-        give_up_seconds: float,
+        self, base_url: str | None, api_key: str | None, session: Mapping[str, Any], give_up_seconds: float
     ) -> None:
         self.base_url = (base_url or _setting("BASE_URL") or "http://127.0.0.1:8000").rstrip("/")
         key = api_key or _setting("API_KEY")
@@ -136,9 +132,10 @@ class Connection:
                 self._answered_once = True
                 if response.status_code == 408 and pending_is_answer:
                     return response
-                if response.status_code not in (408, 409, 429) and response.status_code < 500:
-                    _raise_for_status(response)
+                if response.is_success:
                     return response
+                if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                    raise _refusal(response)
                 trouble = f"{response.status_code} {_sentence(response)}"
                 wait = _seconds_asked_for(response) or wait
             patience = self._give_up_seconds if self._answered_once else _FIRST_CONTACT_SECONDS
@@ -162,15 +159,11 @@ class Connection:
             if _PROTOBUF in response.headers.get("content-type", ""):
                 return response
             answer = _object(response)
-            if answer.get("type") == "try_again":
-                continue
             if "error" in answer:
-                raise RequestFailed(
-                    str(answer["error"]),
-                    request_id=request_id,
-                    category=str(answer.get("category", "unknown")),
-                )
-            return response
+                category = answer.get("category", "unknown")
+                raise RequestFailed(str(answer["error"]), request_id=request_id, category=category)
+            if answer.get("type") != "try_again":
+                return response
 
     async def _beat(self) -> None:
         while True:
@@ -186,25 +179,28 @@ def _setting(name: str) -> str | None:
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:
-    answer = response.json()
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
     if not isinstance(answer, dict):
-        raise TinsmithError(f"{response.url.path} answered {answer!r}, not an object: is this the service?")
+        raise TinsmithError(
+            f"{response.url} answered {response.text[:100]!r}: is this the service's address?"
+        )
     return answer
 
 
-def _raise_for_status(response: httpx.Response) -> None:
+def _refusal(response: httpx.Response) -> TinsmithError:
     sentence = _sentence(response)
     match response.status_code:
-        case status if status < 300:
-            return
         case 401 | 403:
-            raise AuthenticationError(sentence)
+            return AuthenticationError(sentence)
         case 404 | 410:
-            raise NotFound(sentence)
+            return NotFound(sentence)
         case status if status < 400:
-            raise TinsmithError(f"{response.url.path} redirects: give the service's own address")
+            return TinsmithError(f"{response.url.path} redirects: give the service's own address")
         case _:
-            raise InvalidInput(sentence)
+            return InvalidInput(sentence)
 
 
 def _sentence(response: httpx.Response) -> str:

@@ -35,10 +35,18 @@ class Child:
 class Workers:
     """Starts the workers, starts them again when they die, and carries names to and from them."""
 
-    def __init__(self, settings: Settings, journal: Store, on_done: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        journal: Store,
+        *,
+        on_done: Callable[[str], None],
+        on_ready: Callable[[], None],
+    ) -> None:
         self.settings = settings
         self.journal = journal
         self.on_done = on_done
+        self.on_ready = on_ready
         self.children = {name: Child(name, path) for name, path in settings.models.items()}
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
@@ -129,6 +137,7 @@ class Workers:
                     self.on_done(rest[0])
                 elif word == "ready":
                     child.ready.set()
+                    self.on_ready()
                     log.info("%s is ready", child.base_model)
         except ConnectionResetError:
             pass

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import functools
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from tinsmith.errors import InvalidInput
@@ -48,10 +49,21 @@ class Memory(Generic[Value]):
 
 
 class Wakeups:
-    """Who waits for which future. `wake` costs nothing when nobody does."""
+    """Who waits for which future; `wake` costs nothing when nobody does. And which futures this process
+    knows to be unfinished without asking the journal: it submitted them and was not woken for them yet."""
 
     def __init__(self) -> None:
         self._waiting: defaultdict[str, list[asyncio.Event]] = defaultdict(list)
+        self._unfinished: dict[str, str] = {}
+
+    def promise(self, request_id: str, tenant_id: str) -> None:
+        self._unfinished[request_id] = tenant_id
+
+    def retract(self, request_id: str) -> None:
+        self._unfinished.pop(request_id, None)
+
+    def is_unfinished(self, request_id: str, tenant_id: str) -> bool:
+        return self._unfinished.get(request_id) == tenant_id
 
     @contextlib.contextmanager
     def expecting(self, request_id: str) -> Iterator[asyncio.Event]:
@@ -65,8 +77,16 @@ class Wakeups:
                 del self._waiting[request_id]
 
     def wake(self, request_id: str) -> None:
+        self._unfinished.pop(request_id, None)
         for event in self._waiting.get(request_id, ()):
             event.set()
+
+    def wake_all(self) -> None:
+        """A worker is new: what the one before it finished last may never have been announced."""
+        self._unfinished.clear()
+        for events in self._waiting.values():
+            for event in events:
+                event.set()
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,9 @@ class Service:
         self.journal = Store(f"sqlite:///{settings.folder / 'journal.db'}")
         self.objects: ObjectStore = open_store(str(settings.folder / "objects"))
         self.wakeups = Wakeups()
-        self.workers = Workers(settings, self.journal, self.wakeups.wake)
+        self.workers = Workers(
+            settings, self.journal, on_done=self.wakeups.wake, on_ready=self.wakeups.wake_all
+        )
         self.key_owners: Memory[str] = Memory(seconds=10)
         self.owned: Memory[Any] = Memory(seconds=10)
         self._facts: dict[str, Facts] = {}
@@ -112,6 +134,10 @@ class Service:
     async def submit(self, operation: Operation, *also: Statement[object]) -> dict[str, Any]:
         """Journal one operation (and what belongs to it), ring for its worker; what the client is told."""
 
+        operation = replace(operation, request_id=operation.request_id or uuid.uuid4().hex)
+        # Before it can be finished, let alone announced.
+        self.wakeups.promise(operation.request_id, operation.tenant_id)
+
         def statement(connection: Any) -> tuple[Operation, bool]:
             entered, is_new = ops.submit(connection, operation)
             if is_new:
@@ -119,7 +145,13 @@ class Service:
                     part(connection)
             return entered, is_new
 
-        entered, is_new = await self.write(statement)
+        try:
+            entered, is_new = await self.write(statement)
+        except BaseException:
+            self.wakeups.retract(operation.request_id)
+            raise
+        if not is_new or operation.error:
+            self.wakeups.retract(operation.request_id)
         if is_new or entered.state == ops.QUEUED:
             self.workers.ring(entered.base_model, entered.request_id)
         return {"request_id": entered.request_id, **(entered.answer or {})}

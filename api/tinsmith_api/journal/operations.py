@@ -3,6 +3,7 @@
 Every function takes a connection and runs inside `Store.write` or `Store.read`.
 """
 
+import functools
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tinsmith_api.journal.tables import operations, payloads, results, runs, sampling_sessions
+from tinsmith_api.journal.tables import operations, payloads, results, runs
 
 Json = dict[str, Any]
 
@@ -62,10 +63,45 @@ class LeaseLost(Exception):  # noqa: N818 - the name says what happened
     """Another worker holds this run now; nothing was written."""
 
 
+# Statements of the hot path are built once: building one costs several times what running it does.
+_REQUEST_ID: sa.BindParameter[str] = sa.bindparam("of_request")
+
+_OUTCOME = (
+    sa.select(operations.c.kind, operations.c.state, operations.c.error, results.c.body)
+    .join_from(operations, results, operations.c.request_id == results.c.request_id, isouter=True)
+    .where(operations.c.request_id == _REQUEST_ID, operations.c.tenant_id == sa.bindparam("of_tenant"))
+)
+_WITH_PAYLOADS = sa.select(operations, payloads.c.body).join_from(
+    operations, payloads, operations.c.request_id == payloads.c.request_id, isouter=True
+)
+_FETCH = _WITH_PAYLOADS.where(operations.c.request_id.in_(sa.bindparam("of_requests", expanding=True)))
+_HISTORY = _WITH_PAYLOADS.where(
+    operations.c.subject == sa.bindparam("of_run"), operations.c.seq_id > sa.bindparam("after_seq")
+)
+_LEASE = sa.select(runs.c.id).where(
+    runs.c.id == sa.bindparam("of_run"),
+    runs.c.worker_id == sa.bindparam("of_worker"),
+    runs.c.epoch == sa.bindparam("of_epoch"),
+)
+_FINISH = (
+    sa.update(operations)
+    .where(operations.c.request_id == _REQUEST_ID, operations.c.state == QUEUED)
+    .values({name: sa.bindparam(f"new_{name}") for name in ("state", "finished_at", "error")})
+)
+_ADD_PAYLOAD = sa.insert(payloads)
+_ADD_RESULT = sa.insert(results)
+_DROP_PAYLOAD = sa.delete(payloads).where(payloads.c.request_id == _REQUEST_ID)
+
+
+@functools.cache
+def _insert_if_new(dialect: str, table: sa.Table) -> sa.Insert:
+    insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+    return insert.on_conflict_do_nothing()
+
+
 def insert_if_new(connection: sa.Connection, table: sa.Table, values: Json) -> bool:
     """INSERT unless a row with one of its unique keys is there; True if it was inserted."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    return connection.execute(dialect.insert(table).on_conflict_do_nothing(), values).rowcount > 0
+    return connection.execute(_insert_if_new(connection.dialect.name, table), values).rowcount > 0
 
 
 def submit(connection: sa.Connection, operation: Operation) -> tuple[Operation, bool]:
@@ -81,7 +117,7 @@ def submit(connection: sa.Connection, operation: Operation) -> tuple[Operation, 
     if not insert_if_new(connection, operations, row):
         return _one(connection, operations.c.subject == new.subject, operations.c.seq_id == new.seq_id), False
     if new.payload is not None and not new.error:
-        connection.execute(sa.insert(payloads), {"request_id": new.request_id, "body": new.payload})
+        connection.execute(_ADD_PAYLOAD, {"request_id": new.request_id, "body": new.payload})
     return new, True
 
 
@@ -94,17 +130,14 @@ def find(connection: sa.Connection, subject: str, seq_id: int) -> Operation | No
 
 def outcome(connection: sa.Connection, request_id: str, tenant_id: str) -> Outcome | None:
     """The state of one of this tenant's futures; None if there is none."""
-    row = connection.execute(
-        sa.select(operations.c.kind, operations.c.state, operations.c.error, results.c.body)
-        .join_from(operations, results, operations.c.request_id == results.c.request_id, isouter=True)
-        .where(operations.c.request_id == request_id, operations.c.tenant_id == tenant_id)
-    ).one_or_none()
+    row = connection.execute(_OUTCOME, {"of_request": request_id, "of_tenant": tenant_id}).one_or_none()
     return None if row is None else Outcome(row.kind, row.state, row.body, row.error)
 
 
 def fetch(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operation]:
     """These operations with their payloads, whatever their state."""
-    return _with_payloads(connection, operations.c.request_id.in_(request_ids))
+    rows = connection.execute(_FETCH, {"of_requests": list(request_ids)})
+    return [replace(_operation(row), payload=row.body) for row in rows]
 
 
 def backlog(connection: sa.Connection, base_model: str) -> list[str]:
@@ -119,7 +152,8 @@ def backlog(connection: sa.Connection, base_model: str) -> list[str]:
 
 def history(connection: sa.Connection, run_id: str, after_seq: int) -> list[Operation]:
     """All operations of a run behind its snapshot, in order, with the payloads that are still kept."""
-    found = _with_payloads(connection, operations.c.subject == run_id, operations.c.seq_id > after_seq)
+    rows = connection.execute(_HISTORY, {"of_run": run_id, "after_seq": after_seq})
+    found = [replace(_operation(row), payload=row.body) for row in rows]
     return sorted(found, key=lambda o: o.seq_id)
 
 
@@ -139,18 +173,15 @@ def finish(
     """
     if run_id is not None:
         check_lease(connection, run_id, worker_id, epoch)
-    updated = connection.execute(
-        sa.update(operations)
-        .where(operations.c.request_id == request_id, operations.c.state == QUEUED)
-        .values(state=FAILED if error else DONE, finished_at=time.time(), error=error)
-    )
+    outcome = {"new_state": FAILED if error else DONE, "new_finished_at": time.time(), "new_error": error}
+    updated = connection.execute(_FINISH, {"of_request": request_id, **outcome})
     if not updated.rowcount:
         return False
     if body is not None:
-        connection.execute(sa.insert(results), {"request_id": request_id, "body": body})
+        connection.execute(_ADD_RESULT, {"request_id": request_id, "body": body})
     if run_id is None or error:
         # Nothing replays a sample, nor an operation that failed.
-        connection.execute(sa.delete(payloads).where(payloads.c.request_id == request_id))
+        connection.execute(_DROP_PAYLOAD, {"of_request": request_id})
     return True
 
 
@@ -164,9 +195,8 @@ def give_up(
 
 
 def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> None:
-    held = connection.execute(
-        sa.select(runs.c.id).where(runs.c.id == run_id, runs.c.worker_id == worker_id, runs.c.epoch == epoch)
-    ).one_or_none()
+    lease = {"of_run": run_id, "of_worker": worker_id, "of_epoch": epoch}
+    held = connection.execute(_LEASE, lease).one_or_none()
     if held is None:
         raise LeaseLost(run_id)
 
@@ -194,21 +224,6 @@ def purge_results(connection: sa.Connection, *, finished_before: float) -> int:
     """Delete the bodies of results nobody will fetch any more; their operations stay."""
     old = sa.select(operations.c.request_id).where(operations.c.finished_at < finished_before)
     return connection.execute(sa.delete(results).where(results.c.request_id.in_(old))).rowcount
-
-
-def sampling_session(connection: sa.Connection, session_id: str) -> sa.Row[Any] | None:
-    return connection.execute(
-        sa.select(sampling_sessions).where(sampling_sessions.c.id == session_id)
-    ).one_or_none()
-
-
-def _with_payloads(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Operation]:
-    statement = (
-        sa.select(operations, payloads.c.body)
-        .join_from(operations, payloads, operations.c.request_id == payloads.c.request_id, isouter=True)
-        .where(*where)
-    )
-    return [replace(_operation(row), payload=row.body) for row in connection.execute(statement)]
 
 
 def _one(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> Operation:

@@ -1,7 +1,6 @@
 """Futures: the promise of every submitted call, fetched by long polling."""
 
 import asyncio
-import contextlib
 
 from fastapi import APIRouter, Request, Response
 
@@ -10,9 +9,9 @@ from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api.bodies import Body, parse, read_body, reply
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Outcome
-from tinsmith_api.owner import Gone, Mine
+from tinsmith_api.owner import Gone, Mine, Owner
 
-router = APIRouter()
+router = APIRouter(prefix="/api/v1")
 
 _PROTOBUF = "application/x-protobuf"
 
@@ -26,18 +25,33 @@ class RetrieveFuture(Body):
 async def retrieve_future(mine: Mine, request: Request) -> Response:
     """The result, as soon as there is one; 408 to ask again, after having waited."""
     body = parse(RetrieveFuture, await read_body(request, mine.service.settings.max_body_bytes))
-    with mine.service.wakeups.expecting(body.request_id) as woken:
-        outcome = await mine.outcome(body.request_id)
-        if outcome.state == ops.QUEUED:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(woken.wait(), mine.service.settings.poll_seconds)
-            outcome = await mine.outcome(body.request_id)
+    outcome = await _outcome(mine, body.request_id)
     if outcome.state == ops.QUEUED:
         again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         return reply(again, 408)
     if outcome.state == ops.FAILED:
         return reply(outcome.error)
     return _result(outcome, wants_protobuf=_PROTOBUF in request.headers.get("accept", ""))
+
+
+async def _outcome(mine: Owner, request_id: str) -> Outcome:
+    """The outcome, waited for at most `poll_seconds`."""
+    wakeups = mine.service.wakeups
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + mine.service.settings.poll_seconds
+    with wakeups.expecting(request_id) as woken:
+        # What this process submitted and was not woken for needs no look into the journal.
+        outcome = None
+        if not wakeups.is_unfinished(request_id, mine.tenant_id):
+            outcome = await mine.outcome(request_id)
+        while outcome is None or outcome.state == ops.QUEUED:
+            try:
+                await asyncio.wait_for(woken.wait(), max(0.0, deadline - loop.time()))
+            except TimeoutError:
+                return await mine.outcome(request_id)
+            woken.clear()
+            outcome = await mine.outcome(request_id)
+    return outcome
 
 
 def _result(outcome: Outcome, *, wants_protobuf: bool) -> Response:

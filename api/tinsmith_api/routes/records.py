@@ -12,7 +12,7 @@ from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal.tables import operations, runs
 from tinsmith_api.owner import Mine
 
-router = APIRouter()
+router = APIRouter(prefix="/api/v1")
 
 Json = dict[str, Any]
 Limit = Annotated[int, Query(ge=1, le=1000)]

@@ -19,7 +19,7 @@ from tinsmith_api.journal.operations import Operation
 from tinsmith_api.owner import Mine
 from tinsmith_api.service import Facts
 
-router = APIRouter()
+router = APIRouter(prefix="/api/v1")
 
 _MAX_SAMPLES = 1024
 _MAX_TOPK = 128

@@ -10,7 +10,7 @@ from tinsmith_api.journal import identities
 from tinsmith_api.owner import Gone, Mine, service_of
 from tinsmith_api.service import Service
 
-router = APIRouter()
+router = APIRouter(prefix="/api/v1")
 
 
 @router.get("/healthz")

@@ -23,7 +23,7 @@ from tinsmith_api.journal.operations import Operation, insert_if_new
 from tinsmith_api.journal.tables import runs
 from tinsmith_api.owner import Mine, Owner
 
-router = APIRouter()
+router = APIRouter(prefix="/api/v1")
 
 Json = dict[str, Any]
 

@@ -335,6 +335,6 @@ def test_closing_cancels_what_is_under_way(stub: Stub) -> None:
 def test_another_server_at_the_address_is_noticed(stub: Stub) -> None:
     stub.answers["get_server_capabilities"] = lambda request: Answer(body=b"<html>a router</html>")
     client = tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test")
-    with pytest.raises(tinsmith.TinsmithError, match="a router.*address"):
+    with pytest.raises(tinsmith.TinsmithError, match="a router"):
         client.get_server_capabilities()
     client.close().result(10)

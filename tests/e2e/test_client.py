@@ -1,7 +1,9 @@
 """Our own client against the real service: the tiny base, the torch engine."""
 
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,3 +161,15 @@ def test_a_wrong_key_is_told_so(service: RunningService) -> None:
     with pytest.raises(tinsmith.AuthenticationError):
         client.get_server_capabilities()
     client.close().result(10)
+
+
+@pytest.mark.parametrize("package", ["tinker", "tinsmith"])
+def test_the_lines_in_the_readme_run_on_both_clients(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    monkeypatch.setenv("TINKER_BASE_URL", service.url)
+    monkeypatch.setenv("TINKER_API_KEY", service.key)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(lines.replace("tinker", package).replace(f"{package}/tiny", "tinsmith/tiny"), {})
+    assert float(capsys.readouterr().out.split()[0]) > 0

@@ -204,7 +204,6 @@ class Worker:
         item = Item(
             operation.request_id,
             operation.subject,
-            operation.tenant_id,
             operation.seq_id,
             group,
             operation.tokens,

@@ -5,7 +5,6 @@ Between tenants, tokens are shared fairly: the tenant that was served least goes
 queueing, Goyal et al. 1996: a tenant that was idle joins at the least virtual time of the busy ones).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 FORWARD, FORWARD_BACKWARD, OTHER = "forward", "forward_backward", "other"
@@ -20,7 +19,6 @@ class Item:
 
     request_id: str
     run_id: str
-    tenant_id: str
     seq_id: int
     group: str  # FORWARD, FORWARD_BACKWARD or OTHER
     tokens: int = 0
@@ -74,9 +72,9 @@ class Schedule:
         if item.seq_id < run.next_seq or item.seq_id in run.consumed:
             return False
         busy = {r.tenant_id for r in self._runs.values() if r.head()}
-        if item.tenant_id not in busy:
+        if run.tenant_id not in busy:
             least = min((self._served[t] for t in busy), default=0.0)
-            self._served[item.tenant_id] = max(self._served.get(item.tenant_id, 0.0), least)
+            self._served[run.tenant_id] = max(self._served.get(run.tenant_id, 0.0), least)
         run.items[item.seq_id] = item
         self._note_gap(run, now)
         return True
@@ -143,14 +141,14 @@ class Schedule:
 
     def _ready(self) -> list[Item]:
         """Every run's next operation, least-served tenant first; equals in the order of the runs."""
-        heads: Iterable[Item | None] = (run.head() for run in self._runs.values())
-        return sorted((h for h in heads if h is not None), key=lambda item: self._served[item.tenant_id])
+        runs = sorted((r for r in self._runs.values() if r.head()), key=lambda r: self._served[r.tenant_id])
+        return [run.items[run.next_seq] for run in runs]
 
     def _take(self, item: Item, now: float) -> Item:
         run = self._runs[item.run_id]
         run.advance()
         self._note_gap(run, now)
-        self._served[item.tenant_id] += item.tokens or _CALL_TOKENS
+        self._served[run.tenant_id] += item.tokens or _CALL_TOKENS
         return item
 
     def _note_gap(self, run: _Run, now: float) -> None:

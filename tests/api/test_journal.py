@@ -1,0 +1,237 @@
+"""The journal on a real SQLite file: group commit, idempotent submission, leases, snapshots, names."""
+
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tinsmith_api.journal import checkpoints, identities, leases
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.objects import Damaged, DirectoryStore
+from tinsmith_api.journal.operations import LeaseLost, Operation
+from tinsmith_api.journal.store import Store
+from tinsmith_api.journal.tables import metadata, payloads, runs, tenants, workers
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(f"sqlite:///{tmp_path / 'journal.db'}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def run(store: Store) -> str:
+    """A run of tenant t, held by worker w1."""
+
+    def fill(c: sa.Connection) -> str:
+        key = identities.create_key(c, "somebody")
+        tenant = identities.tenant_of_key(c, identities.sha256(key))
+        assert tenant
+        blank = {
+            "tags": [],
+            "user_metadata": {},
+            "sdk_version": None,
+            "project_id": None,
+            "display_name": None,
+        }
+        session = identities.create_session(c, tenant, blank)
+        row = {"id": "r", "tenant_id": tenant, "session_id": session, "base_model": "m", "lora": {}}
+        c.execute(runs.insert().values(**row, user_metadata={}, created_at=0, epoch=0, snapshot_seq=-1))
+        leases.register_worker(c, "w1", "m", {})
+        assert leases.take(c, "r", "w1")
+        return "r"
+
+    return store.write(fill).result()
+
+
+def submit(store: Store, seq: int, **more: object) -> str:
+    tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
+    operation = Operation("r", seq, ops.OPTIM_STEP, tenant, "m", payload=b"body", **more)  # type: ignore[arg-type]
+    return store.write(lambda c: ops.submit(c, operation)).result()[0].request_id
+
+
+def finish(store: Store, request_id: str, worker: str = "w1", epoch: int = 1, body: bytes = b"{}") -> bool:
+    return store.write(
+        lambda c: ops.finish(c, request_id, run_id="r", worker_id=worker, epoch=epoch, body=body)
+    ).result()
+
+
+def test_a_group_with_one_bad_write_commits_the_others(store: Store) -> None:
+    def add(name: str) -> object:
+        return store.write(
+            lambda c: c.execute(tenants.insert().values(id=name, name=name, created_at=0)).rowcount
+        )
+
+    futures = [add(name) for name in ("a", "b", "a", "c")]
+    with pytest.raises(sa.exc.IntegrityError):
+        futures[2].result()  # type: ignore[attr-defined]
+    assert [f.result() for i, f in enumerate(futures) if i != 2] == [1, 1, 1]  # type: ignore[attr-defined]
+    found = store.read(lambda c: set(c.execute(sa.select(tenants.c.id)).scalars())).result()
+    assert found == {"a", "b", "c"}
+
+
+def test_a_write_is_on_disk_when_its_future_is_done(store: Store) -> None:
+    store.write(lambda c: c.execute(tenants.insert().values(id="a", name="a", created_at=0))).result()
+    other = sqlite3.connect(str(store.url.database))
+    assert other.execute("select id from tenants").fetchall() == [("a",)]
+    assert other.execute("pragma journal_mode").fetchone() == ("wal",)
+
+
+def test_two_processes_worth_of_writers_do_not_lose_or_block_each_other(store: Store) -> None:
+    second = Store(str(store.url))
+
+    def add(number: int) -> None:
+        chosen = store if number % 2 else second
+        name = str(number)
+        chosen.write(lambda c: c.execute(tenants.insert().values(id=name, name=name, created_at=0))).result()
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(add, range(200)))
+    second.close()
+    assert store.read(lambda c: len(c.execute(sa.select(tenants.c.id)).all())).result() == 200
+
+
+def test_the_migrations_make_the_tables_the_code_names(store: Store) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with sa.create_engine(store.url).connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_a_number_submitted_twice_is_one_operation(store: Store, run: str) -> None:
+    assert submit(store, 1) == submit(store, 1)
+    assert submit(store, 1) != submit(store, 2)
+
+
+def test_a_finished_result_never_changes(store: Store, run: str) -> None:
+    request_id = submit(store, 1)
+    assert finish(store, request_id, body=b"first")
+    assert not finish(store, request_id, body=b"second")
+    tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
+    outcome = store.read(lambda c: ops.outcome(c, request_id, tenant)).result()
+    assert outcome is not None
+    assert (outcome.state, outcome.body) == ("done", b"first")
+    assert store.read(lambda c: ops.outcome(c, request_id, "another tenant")).result() is None
+
+
+def test_a_worker_whose_lease_passed_on_can_write_nothing(store: Store, run: str) -> None:
+    request_id = submit(store, 1)
+    store.write(lambda c: leases.register_worker(c, "w2", "m", {})).result()
+    assert store.write(lambda c: leases.take(c, "r", "w2")).result() is None, "w1 is alive"
+    store.write(lambda c: leases.stop_worker(c, "w1")).result()
+    lease = store.write(lambda c: leases.take(c, "r", "w2")).result()
+    assert lease is not None
+    assert lease.epoch == 2
+    with pytest.raises(LeaseLost):
+        finish(store, request_id, "w1", epoch=1)
+    snapshot = {"seq_id": 1, "key": "k", "worker_id": "w1", "epoch": 1}
+    with pytest.raises(LeaseLost):
+        store.write(lambda c: ops.record_snapshot(c, "r", **snapshot)).result()  # type: ignore[arg-type]
+    assert finish(store, request_id, "w2", epoch=2)
+
+
+def test_a_snapshot_purges_what_it_covers_and_nothing_else(store: Store, run: str) -> None:
+    for seq in (1, 2, 3):
+        finish(store, submit(store, seq))
+    submit(store, 4)
+    record = {"seq_id": 2, "key": "k1", "worker_id": "w1", "epoch": 1}
+    assert store.write(lambda c: ops.record_snapshot(c, "r", **record)).result() is None  # type: ignore[arg-type]
+    behind = store.read(lambda c: ops.history(c, "r", 2)).result()
+    assert [(o.seq_id, o.state, o.payload) for o in behind] == [(3, "done", b"body"), (4, "queued", b"body")]
+    assert (
+        store.read(
+            lambda c: c.execute(sa.select(sa.func.count()).select_from(payloads)).scalar_one()
+        ).result()
+        == 2
+    )
+    record = {**record, "seq_id": 3, "key": "k2"}
+    assert store.write(lambda c: ops.record_snapshot(c, "r", **record)).result() == "k1"  # type: ignore[arg-type]
+
+
+def test_a_refused_submission_is_failed_from_the_start(store: Store, run: str) -> None:
+    submit(store, 1, error={"error": "no", "category": "user"})
+    (found,) = store.read(lambda c: ops.history(c, "r", -1)).result()
+    assert (found.state, found.payload) == ("failed", None)
+    assert store.read(lambda c: ops.backlog(c, "m")).result() == []
+
+
+def _reservation(store: Store, request_id: str) -> dict[str, object]:
+    tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
+    return {
+        "path": "tinker://r/weights/a", "run_id": "r", "tenant_id": tenant, "kind": "weights", "name": "a",
+        "request_id": request_id, "listed": True, "object_prefix": f"p/{request_id}", "lora": {}, "user_metadata": {},
+    }  # fmt: skip
+
+
+def test_a_name_is_taken_by_one_save_and_free_again_when_that_fails(store: Store, run: str) -> None:
+    first, second = _reservation(store, "1"), _reservation(store, "2")
+    tenant = str(first["tenant_id"])
+    assert store.write(lambda c: checkpoints.reserve(c, first)).result()
+    assert not store.write(lambda c: checkpoints.reserve(c, second)).result()
+    assert store.read(lambda c: checkpoints.find(c, "tinker://r/weights/a", tenant)).result() is None, (
+        "not written yet"
+    )
+    store.write(lambda c: checkpoints.free_name(c, "1")).result()
+    assert store.write(lambda c: checkpoints.reserve(c, second)).result()
+    store.write(lambda c: checkpoints.publish(c, "2", second)).result()
+    store.write(lambda c: checkpoints.free_name(c, "2")).result()
+    assert store.read(lambda c: checkpoints.find(c, "tinker://r/weights/a", tenant)).result() is not None
+
+
+def test_an_overwritten_checkpoint_leaves_its_files_to_be_collected(store: Store, run: str) -> None:
+    first, second = _reservation(store, "1"), _reservation(store, "2")
+    store.write(lambda c: checkpoints.publish(c, "1", first)).result()
+    store.write(lambda c: checkpoints.publish(c, "2", second)).result()
+    found = store.read(lambda c: checkpoints.find(c, str(first["path"]), str(first["tenant_id"]))).result()
+    assert found is not None
+    assert found.object_prefix == "p/2"
+    collected = store.read(lambda c: c.exec_driver_sql("select object_prefix from garbage").all()).result()
+    assert collected == [("p/1",)]
+
+
+def test_an_expired_checkpoint_is_gone(store: Store, run: str) -> None:
+    row = {**_reservation(store, "1"), "expires_at": 1.0}
+    store.write(lambda c: checkpoints.publish(c, "1", row)).result()
+    assert store.read(lambda c: checkpoints.find(c, str(row["path"]), str(row["tenant_id"]))).result() is None
+    store.write(checkpoints.expire).result()
+    assert (
+        store.read(lambda c: c.exec_driver_sql("select count(*) from checkpoints").scalar_one()).result() == 0
+    )
+
+
+def test_a_folder_of_objects_is_whole_or_absent(tmp_path: Path) -> None:
+    objects = DirectoryStore(tmp_path)
+    objects.put("a/b", {"x": b"1", "y": b"22"})
+    assert objects.get("a/b") == {"x": b"1", "y": b"22"}
+    (tmp_path / "a/b/y").write_bytes(b"2x")
+    with pytest.raises(Damaged, match="checksum"):
+        objects.get("a/b")
+    (tmp_path / "a/b/y").unlink()
+    with pytest.raises(Damaged, match="missing"):
+        objects.get("a/b")
+    with pytest.raises(Damaged):
+        objects.get("a/never")
+    objects.delete("a/b")
+    assert not (tmp_path / "a/b").exists()
+
+
+def test_a_prefix_cannot_leave_the_store(tmp_path: Path) -> None:
+    objects = DirectoryStore(tmp_path / "store")
+    for prefix in ("../out", "", "a/../.."):
+        with pytest.raises(AssertionError):
+            objects.put(prefix, {"x": b""})
+
+
+def test_workers_facts_come_from_the_newest(store: Store) -> None:
+    store.write(lambda c: leases.register_worker(c, "w1", "m", {"vocab_size": 1})).result()
+    store.write(lambda c: leases.register_worker(c, "w2", "m", {"vocab_size": 2})).result()
+    store.write(
+        lambda c: c.execute(workers.update().where(workers.c.id == "w1").values(started_at=0))
+    ).result()
+    assert store.read(lambda c: leases.facts_of(c, "m")).result() == {"vocab_size": 2}
+    assert store.read(lambda c: leases.facts_of(c, "other")).result() is None

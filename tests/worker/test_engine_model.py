@@ -5,13 +5,12 @@ import sys
 
 import pytest
 import torch
-from tinsmith.errors import InvalidInput
-from tinsmith_worker.contract import LoraSpec
-from tinsmith_worker.engine import TorchEngine
-from tinsmith_worker.model import Base
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -19,6 +18,10 @@ from transformers import (
 )
 
 from tests.worker import tiny
+from tinsmith.errors import InvalidInput
+from tinsmith_worker.contract import LoraSpec
+from tinsmith_worker.engine import TorchEngine
+from tinsmith_worker.model import Base
 
 SHAPE = {
     "vocab_size": 100,
@@ -35,6 +38,12 @@ REFUSED = {
         "fused experts",
     ),
     "no nn.Linear": (GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100), "no nn.Linear"),
+    "attention that cannot be exchanged": (
+        BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=100),
+        "AttentionInterface",
+    ),
+    "logits scaled after the output embedding": (GraniteConfig(**SHAPE, logits_scaling=8.0), "logits differ"),
+    "attention scores that are capped": (Gemma2Config(**SHAPE, head_dim=16), "caps its attention"),
     "a sliding window in use": (MistralConfig(**SHAPE, sliding_window=16), "sliding window"),
     "positions that stretch with the longest sequence": (
         LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tinsmith.errors import InvalidInput
 
+from tinsmith.errors import InvalidInput
 from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
 
 Kind = Literal["attn", "mlp", "unembed"]

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from tinsmith_worker.copies import to_device
+
 # Rows of padding attend among themselves in pieces of at most this many, so that their cost stays linear.
 _PADDING_LENGTH = 64
 
@@ -52,22 +54,19 @@ class CausalSequences:
             lengths += [padding % _PADDING_LENGTH] if padding % _PADDING_LENGTH else []
             self._longest = max(lengths)
             ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            self._bounds = torch.from_numpy(ends).to(query_THC.device)
+            self._bounds = to_device(ends, query_THC.device)
         bounds, longest = self._bounds, self._longest
         return _varlen()(query_THC, key_TGC, value_TGC, bounds, bounds, longest, longest, scale=scale)
 
     def _each(
         self, query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        outputs, start = [], 0
-        for length in self._lengths:
-            rows = slice(start, start + length)
-            outputs.append(_causal(query_THC[rows], key_TGC[rows], value_TGC[rows], scale))
-            start += length
-        padding = query_THC.shape[0] - start
-        if padding:
-            outputs.append(query_THC.new_zeros(padding, *query_THC.shape[1:]))
-        return torch.cat(outputs)
+        padding = query_THC.shape[0] - sum(self._lengths)
+        # Not slices: the backward of each would be a tensor as long as the stream.
+        parts = (x.split([*self._lengths, padding]) for x in (query_THC, key_TGC, value_TGC))
+        each = list(zip(*parts, strict=True))[: len(self._lengths)]
+        outputs = [_causal(query, key, value, scale) for query, key, value in each]
+        return torch.cat([*outputs, query_THC.new_zeros(padding, *query_THC.shape[1:])])
 
 
 def _causal(

@@ -18,6 +18,7 @@ from tinsmith_worker import losses, optim
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
+from tinsmith_worker.copies import to_device
 from tinsmith_worker.model import Base
 from tinsmith_worker.stream import Segment, Stream
 
@@ -168,8 +169,8 @@ class TorchEngine:
             segments.append(Segment(start, start + piece.tokens, piece.adapter))
             start += piece.tokens
         return Stream(
-            tokens_T=self._to_device(tokens_T),
-            positions_T=self._to_device(positions_T),
+            tokens_T=to_device(tokens_T, self.base.device),
+            positions_T=to_device(positions_T, self.base.device),
             segments=tuple(segments),
             attention=CausalSequences(lengths_S, one_by_one=self.base.one_by_one),
         )
@@ -216,21 +217,14 @@ class TorchEngine:
 
     def _inputs(self, piece: _Piece) -> tuple[torch.Tensor, losses.Columns]:
         """Targets [N, K] and the loss's columns, on the device in one copy each."""
-        given, rows = piece.given, piece.rows
-        targets_NK = self._to_device(np.array(given.targets_TK[rows], np.int64))
+        given, rows, device = piece.given, piece.rows, self.base.device
+        targets_NK = to_device(given.targets_TK[rows].astype(np.int64), device)
         if given.loss == "cross_entropy":
             return targets_NK, {
-                "weights": self._to_device(np.array(given.columns["weights"][rows], np.float32))
+                "weights": to_device(given.columns["weights"][rows].astype(np.float32), device)
             }
-        columns_CN = self._to_device(np.stack([column[rows] for column in given.columns.values()]))
+        columns_CN = to_device(np.stack([column[rows] for column in given.columns.values()]), device)
         return targets_NK, dict(zip(given.columns, columns_CN, strict=True))
-
-    def _to_device(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> torch.Tensor:
-        on_host = torch.from_numpy(array)
-        if self.base.device.type != "cuda":
-            return on_host
-        # From pinned memory the copy is queued behind the kernels under way instead of waiting for them.
-        return on_host.pin_memory().to(self.base.device, non_blocking=True)
 
 
 def _neighbourhood(spec: LoraSpec) -> tuple[int, int]:

@@ -8,11 +8,13 @@ Shapes: N rows, I inputs, O outputs, R rank, G groups of rows (one adapter each)
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tinsmith_worker.adapters import Adapter, Kind, Site, targets
+from tinsmith_worker.copies import to_device
 from tinsmith_worker.stream import Attention, Segment, Stream
 
 
@@ -86,10 +88,9 @@ class Grouped:
         # Rows of 16 bytes or a multiple are what the kernel can load, so ranks are padded to 8.
         self._rank = -(-max(a.spec.rank for a in adapters) // 8) * 8
         self._padded = any(a.spec.rank != self._rank for a in adapters)
-        counts = torch.tensor([stop - before for before, stop in zip([start, *stops], stops, strict=False)])
-        self._ends_G = counts.cumsum(0).to(device, torch.int32)
-        scales_G = torch.tensor([a.scale for a in adapters], dtype=torch.float32)
-        self._scales_N1 = scales_G.repeat_interleave(counts).unsqueeze(1).to(device)
+        self._ends_G = to_device(np.array(stops, np.int32) - np.int32(start), device)
+        scales_N = np.repeat([a.scale for a in adapters], np.diff([start, *stops]))
+        self._scales_N1 = to_device(scales_N.astype(np.float32)[:, None], device)
 
     def add(self, site: str, x_NI: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
         A_GRI, B_GOR = self._stacked(site)

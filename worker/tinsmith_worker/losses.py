@@ -9,7 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from tinsmith.wire.losses import REINFORCE_MASK
+from tinsmith_worker.copies import to_device
 
 Columns = dict[str, torch.Tensor]
 LossAndSlope = tuple[torch.Tensor, torch.Tensor]
@@ -43,11 +45,11 @@ def sequence_log_ratio(
     # Sequences side by side in a padded [S, L]: each is summed in the same order, whatever stands next to it.
     starts_S = np.cumsum(lengths_S) - lengths_S
     columns_L = np.arange(int(lengths_S.max()))
-    inside_SL = torch.from_numpy(columns_L < lengths_S[:, None]).to(device)
-    rows_SL = torch.from_numpy(np.minimum(starts_S[:, None] + columns_L, len(logprobs_N) - 1)).to(device)
+    inside_SL = to_device(columns_L < lengths_S[:, None], device)
+    rows_SL = to_device(np.minimum(starts_S[:, None] + columns_L, len(logprobs_N) - 1), device)
     sums_S = _where(inside_SL, log_ratio_N[rows_SL]).sum(1)
     counts_S = (inside_SL & masked_N[rows_SL]).sum(1).clamp(min=1)
-    sequence_N = torch.from_numpy(np.repeat(np.arange(len(lengths_S)), lengths_S)).to(device)
+    sequence_N = to_device(np.repeat(np.arange(len(lengths_S)), lengths_S), device)
     return (sums_S / counts_S)[sequence_N]
 
 

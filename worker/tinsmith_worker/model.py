@@ -9,10 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from tinsmith.errors import InvalidInput
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from tinsmith.errors import InvalidInput
 from tinsmith_worker.adapters import Adapter, Kind, Site
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
@@ -143,7 +143,8 @@ class Base:
         found = self.head.logits(hidden_TD, None)
         wanted = torch.cat(expected)
         error = float((found - wanted).norm() / wanted.norm())
-        if not error < (1e-3 if self.dtype == torch.float32 else 0.1):
+        # Depth multiplies what rounding starts; a wrong position or mask is off by about 100 %.
+        if not error < (1e-3 if self.dtype == torch.float32 else 0.25):
             raise InvalidInput(
                 f"{architecture} cannot be served: packed, its logits differ by {error:.1%} from its own; "
                 "it does something with attention, positions or logits that this engine does not know of"

@@ -63,7 +63,7 @@ class SampleArrived:
 
 
 @dataclass(frozen=True)
-class Finished:
+class LeaseGone:
     """A run's lease went to another worker: forget it."""
 
     run_id: str
@@ -79,7 +79,7 @@ class Drain:
     pass
 
 
-Event = Adopt | Arrived | SampleArrived | Finished | Cancel | Drain
+Event = Adopt | Arrived | SampleArrived | LeaseGone | Cancel | Drain
 
 
 @dataclass

@@ -21,6 +21,7 @@ class Lease:
 
     run_id: str
     tenant_id: str
+    worker_id: str
     epoch: int
     lora: Json
     snapshot_seq: int
@@ -88,4 +89,4 @@ def take(connection: sa.Connection, run_id: str, worker_id: str) -> Lease | None
     ).one_or_none()
     if row is None:
         return None
-    return Lease(row.id, row.tenant_id, row.epoch, row.lora, row.snapshot_seq, row.snapshot_key)
+    return Lease(row.id, row.tenant_id, worker_id, row.epoch, row.lora, row.snapshot_seq, row.snapshot_key)

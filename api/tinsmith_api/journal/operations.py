@@ -166,20 +166,23 @@ def finish(
     epoch: int,
     body: bytes | None = None,
     error: Json | None = None,
+    has_effect: bool = False,
 ) -> bool:
     """Record the outcome of a queued operation. False if it had one already (the first stands).
 
+    has_effect: it failed, but a replay must execute it all the same (its state is DONE, with an error).
     For an operation of a run (`run_id`), LeaseLost unless this worker holds it under this epoch.
     """
     if run_id is not None:
         check_lease(connection, run_id, worker_id, epoch)
-    outcome = {"new_state": FAILED if error else DONE, "new_finished_at": time.time(), "new_error": error}
+    state = FAILED if error and not has_effect else DONE
+    outcome = {"new_state": state, "new_finished_at": time.time(), "new_error": error}
     updated = connection.execute(_FINISH, {"of_request": request_id, **outcome})
     if not updated.rowcount:
         return False
     if body is not None:
         connection.execute(_ADD_RESULT, {"request_id": request_id, "body": body})
-    if run_id is None or error:
+    if run_id is None or state == FAILED:
         # Nothing replays a sample, nor an operation that failed.
         connection.execute(_DROP_PAYLOAD, {"of_request": request_id})
     return True

@@ -29,7 +29,7 @@ async def retrieve_future(mine: Mine, request: Request) -> Response:
     if outcome.state == ops.QUEUED:
         again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         return reply(again, 408)
-    if outcome.state == ops.FAILED:
+    if outcome.error is not None:
         return reply(outcome.error)
     return _result(outcome, wants_protobuf=_PROTOBUF in request.headers.get("accept", ""))
 

@@ -1,0 +1,132 @@
+"""Checkpoints and snapshots on their way to the object store, beside the training that goes on.
+
+One thread, in order: a snapshot that covers a save is written after it.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import uuid4
+
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.leases import Lease
+from tinsmith_api.journal.objects import ObjectStore
+from tinsmith_api.journal.operations import LeaseLost, Operation
+from tinsmith_api.journal.store import Store
+from tinsmith_worker import answers, checkpoints
+from tinsmith_worker.contract import AdapterState, Failure
+from tinsmith_worker.outbox import Outbox
+
+log = logging.getLogger("tinsmith.worker")
+
+Json = dict[str, Any]
+
+
+@dataclass
+class RecoveryPoint:
+    """Where a run would be restored to, and how it came to be there."""
+
+    seq_id: int
+    taken_at: float
+    write_seconds: float = 0.0
+    writing: bool = False
+
+
+class Archive:
+    """`seconds`: a run is snapshotted this long after its last snapshot."""
+
+    def __init__(
+        self,
+        journal: Store,
+        objects: ObjectStore,
+        outbox: Outbox,
+        *,
+        base_model: str,
+        seconds: float,
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._journal = journal
+        self._objects = objects
+        self._outbox = outbox
+        self._base_model = base_model
+        self._seconds = seconds
+        self._on_lost = on_lost
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+
+    def save(self, operation: Operation, given: Json, lora: Json, state: AdapterState) -> None:
+        """Write a checkpoint and finish the operation that asked for it."""
+        # A checkpoint is what load_weights reads: it never restores a gradient, a sampler no moments either.
+        state = replace(state, gradient=None)
+        if operation.kind == ops.SAVE_WEIGHTS_FOR_SAMPLER:
+            state = replace(state, moment1=None, moment2=None, step=0)
+
+        def write() -> None:
+            try:
+                size = self._objects.put(given["object_prefix"], checkpoints.write(state, self._base_model))
+            except Exception as error:
+                # A full disk is the world's error: a line says it all.
+                log.error(
+                    "saving %s failed: %s", given["path"], error, exc_info=not isinstance(error, OSError)
+                )
+                self._outbox.failure(
+                    operation, Failure(f"the checkpoint could not be written: {error}", "server")
+                )
+                return
+            row = answers.checkpoint_row(operation, given, lora, size)
+            body = answers.json_body(answers.saved(operation, given))
+            self._outbox.commit(operation, lambda c: answers.publish(c, operation, given, row), body=body)
+
+        self._thread.submit(write)
+
+    def is_due(self, point: RecoveryPoint) -> bool:
+        # A snapshot that takes long to write is taken more rarely: at most a twentieth of the time.
+        interval = max(self._seconds, 20 * point.write_seconds)
+        return not point.writing and time.monotonic() - point.taken_at >= interval
+
+    def snapshot(self, lease: Lease, point: RecoveryPoint, seq_id: int, state: AdapterState) -> None:
+        """Write `state`, the run after operation `seq_id`, and move its recovery point there."""
+        point.writing = True
+        # Operations up to seq_id will not be executed again, so their results must be on disk first. They
+        # were handed to the outbox before this line.
+        results_handed_over = self._outbox.handed_over()
+        key = f"snapshots/{lease.run_id}/{seq_id}-{uuid4().hex[:8]}"
+
+        def write() -> None:
+            started = time.monotonic()
+            try:
+                self._objects.put(key, checkpoints.write(state, self._base_model))
+                results_handed_over.result()
+                before = self._journal.write(
+                    lambda c: ops.record_snapshot(
+                        c,
+                        lease.run_id,
+                        seq_id=seq_id,
+                        key=key,
+                        worker_id=lease.worker_id,
+                        epoch=lease.epoch,
+                    )
+                ).result()
+                point.seq_id = seq_id
+                if before:
+                    self._objects.delete(before)
+            except LeaseLost:
+                self._objects.delete(key)
+                self._on_lost(lease.run_id)
+            except Exception:
+                log.exception("a snapshot of %s could not be written; the last one stands", lease.run_id)
+            finally:
+                point.taken_at = time.monotonic()
+                point.write_seconds = point.taken_at - started
+                point.writing = False
+
+        self._thread.submit(write)
+
+    def flush(self) -> None:
+        """Wait until everything asked for is written."""
+        self._thread.submit(lambda: None).result()
+
+    def close(self) -> None:
+        self._thread.shutdown()

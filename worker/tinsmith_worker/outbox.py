@@ -1,0 +1,121 @@
+"""Results on their way out: into the journal, and then the word to whoever waits for them.
+
+The engine's thread hands a result over and goes on. One thread turns results into bytes in the order they
+were handed over; the journal's own thread commits them.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import sqlalchemy as sa
+
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.operations import LeaseLost, Operation
+from tinsmith_api.journal.store import Store
+from tinsmith_worker import answers
+from tinsmith_worker.contract import Failure
+
+log = logging.getLogger("tinsmith.worker")
+
+Json = dict[str, Any]
+
+
+class Outbox:
+    """`epochs` are those of the leases this worker holds. `on_lost` hears of a run whose lease is another's
+    by now, `on_broken` that the journal takes no results."""
+
+    def __init__(
+        self,
+        journal: Store,
+        worker_id: str,
+        epochs: Mapping[str, int],
+        *,
+        announce: Callable[[str], None],
+        on_lost: Callable[[str], None],
+        on_broken: Callable[[], None],
+    ) -> None:
+        self._journal = journal
+        self._worker_id = worker_id
+        self._epochs = epochs
+        self._announce = announce
+        self._on_lost = on_lost
+        self._on_broken = on_broken
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="results")
+
+    def result(
+        self,
+        operation: Operation,
+        body: Callable[[], bytes],
+        *,
+        also: Callable[[sa.Connection], object] | None = None,
+    ) -> None:
+        """The outcome of an executed operation; nothing for one that was replayed."""
+        if operation.state == ops.QUEUED:
+            self._thread.submit(lambda: self.commit(operation, also, body=body()))
+
+    def failure(self, operation: Operation, failure: Failure, *, has_effect: bool = False) -> None:
+        """has_effect: the operation changed the run although it failed, so a replay must execute it."""
+        if operation.state == ops.QUEUED:
+            self._thread.submit(
+                lambda: self.commit(
+                    operation,
+                    lambda c: answers.free_name(c, operation),
+                    error={"error": failure.message, "category": failure.category},
+                    has_effect=has_effect,
+                )
+            )
+
+    def commit(
+        self,
+        operation: Operation,
+        also: Callable[[sa.Connection], object] | None = None,
+        *,
+        body: bytes | None = None,
+        error: Json | None = None,
+        has_effect: bool = False,
+    ) -> None:
+        """Result, state and whatever belongs to them, in one transaction; then wake who waits."""
+        is_run = operation.kind != ops.SAMPLE
+        epoch = self._epochs.get(operation.subject, -1)
+
+        def statement(connection: sa.Connection) -> None:
+            finished = ops.finish(
+                connection,
+                operation.request_id,
+                run_id=operation.subject if is_run else None,
+                worker_id=self._worker_id,
+                epoch=epoch,
+                body=body,
+                error=error,
+                has_effect=has_effect,
+            )
+            if finished and also is not None:
+                also(connection)
+
+        self._journal.write(statement).add_done_callback(lambda done: self._committed(operation, done))
+
+    def handed_over(self) -> "Future[None]":
+        """Done when the journal's thread has everything that was given to this one before."""
+        return self._thread.submit(lambda: None)
+
+    def flush(self) -> None:
+        """Wait until everything handed over is on disk."""
+        self.handed_over().result()
+        self._journal.write(lambda c: None).result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _committed(self, operation: Operation, done: "Future[None]") -> None:
+        failure = done.exception()
+        if failure is None:
+            self._announce(operation.request_id)
+        elif isinstance(failure, LeaseLost):
+            log.warning("the lease of %s went to another worker", operation.subject)
+            self._on_lost(operation.subject)
+        else:
+            # Better to start anew than to go on without anybody hearing of it.
+            log.error("a result could not be written: %s", failure)
+            self._on_broken()

@@ -21,7 +21,9 @@ def main() -> None:
         store = Store(f"sqlite:///{folder}/journal.db")
         for size in (1_000, 131_000, 1_000_000):
             body = os.urandom(size)
-            rows = [_timed(lambda i=i, body=body: _row(store, f"r{len(body)}-{i}", body)) for i in range(ROUNDS)]
+            rows = [
+                _timed(lambda i=i, body=body: _row(store, f"r{len(body)}-{i}", body)) for i in range(ROUNDS)
+            ]
             files = [
                 _timed(lambda i=i, body=body: _file(store, Path(folder), f"f{len(body)}-{i}", body))
                 for i in range(ROUNDS)

@@ -15,10 +15,16 @@ class Channel:
     def messages(self) -> Iterator[list[list[str]]]:
         """Batches of messages, each split into words; ends when the other side is gone."""
         rest = b""
-        while received := self._socket.recv(1 << 16):
+        while received := self._receive():
             *lines, rest = (rest + received).split(b"\n")
             if lines:
                 yield [line.decode().split() for line in lines]
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(1 << 16)
+        except ConnectionResetError:
+            return b""
 
     def send(self, *words: str) -> None:
         try:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from tinsmith.wire.batch import TrainInput
 from tinsmith_worker import tiny_base
 from tinsmith_worker.contract import (
@@ -25,7 +27,6 @@ from tinsmith_worker.engine import TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
 from tinsmith_worker.stream import Stream
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = np.array([1, 319, 201, 42, 75, 383, 900, 77, 1300, 12, 450], np.int32)
 SPECS = {
@@ -53,7 +54,7 @@ def states(base: Base) -> dict[str, AdapterState]:
     for number, (name, spec) in enumerate(SPECS.items()):
         state = base.new_adapter(spec).state()
         random = np.random.default_rng(number)
-        found[name] = replace(state, weights=random.normal(0, 0.05, state.weights.shape).astype(np.float32))
+        found[name] = replace(state, weights=random.normal(0, 0.03, state.weights.shape).astype(np.float32))
     return found
 
 
@@ -324,13 +325,20 @@ def test_a_stop_token_is_the_last_token_sampled(sampler: TorchSampler) -> None:
     assert not free.stopped
 
 
-def test_the_models_own_end_stops_unless_nothing_shall(sampler: TorchSampler) -> None:
-    ends = np.array([5, 2], np.int32)  # the random base repeats its last token, which is <|im_end|> here
-    asked: dict[str, Any] = {"prompt": ends, "temperature": 0, "max_tokens": 5}
+def test_the_models_own_end_stops_unless_nothing_shall(base: Base, sampler: TorchSampler) -> None:
+    (end, _) = sorted(base.end_tokens, reverse=True)
+    taught = np.append(PROMPT, [end, 7]).astype(np.int32)
+    engine = TorchEngine(base)
+    engine.create("run", SPECS["wide"])
+    for _ in range(15):
+        engine.forward_backward([Work("run", forward_of(taught, train=True))])
+        engine.optim_step("run", AdamParams(learning_rate=0.005))
+    sampler.hold("taught", engine.state("run"))
+    asked: dict[str, Any] = {"sampler_id": "taught", "temperature": 0, "max_tokens": 2}
     default = one(sampler, **asked, stop_tokens=None).sequences[0]
-    assert (default.tokens.tolist(), default.stopped) == ([2], True)
+    assert (default.tokens.tolist(), default.stopped) == ([end], True)
     free = one(sampler, **asked, stop_tokens=()).sequences[0]
-    assert (free.tokens.tolist(), free.stopped) == ([2] * 5, False)
+    assert (free.tokens.tolist(), free.stopped) == ([end, 7], False)
 
 
 def test_a_stop_string_ends_at_the_token_that_completes_it(sampler: TorchSampler) -> None:

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tinsmith_worker.sampler.distribution import Filters, distribution, draw, random_stream
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from tinsmith_worker.sampler.distribution import Filters, distribution, draw, random_stream
 
 VOCAB = 50
 

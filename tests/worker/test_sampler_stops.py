@@ -1,4 +1,5 @@
 import numpy as np
+
 from tinsmith_worker.sampler.stops import StopRule
 
 

@@ -2,8 +2,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tinsmith_worker import tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tinsmith_worker import tiny_base
 
 
 @pytest.fixture(scope="module")

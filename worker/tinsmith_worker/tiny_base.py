@@ -24,7 +24,11 @@ HIDDEN, INTERMEDIATE, LAYERS = 256, 768, 4
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 CONTEXT = 4096
 SEED = 20250711
-EMBEDDING_SCALE = 0.02
+
+# Chosen by how fast an adapter of rank 32 learns 40 short answers by heart: 40 steps, with 0.02 for both more
+# than twice as many. The layers write more than the embedding says, or the tied head would repeat every
+# token: its chance to come again is 10 %. More of either, and float32 rounds logprobs by more than 1e-5.
+EMBEDDING_SCALE, LAYERS_SCALE = 0.06, 0.3
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT, _, END_OF_TURN = range(len(SPECIAL_TOKENS))  # the trainer numbers special tokens first
@@ -129,8 +133,8 @@ def _tokenizer_config() -> dict[str, Any]:
 
 
 def _weights() -> dict[str, npt.NDArray[np.float32]]:
-    """Every projection keeps the scale of its input, save those that write into the residual stream: they
-    write little, so that a token can still be told from its neighbours at the top."""
+    """Every projection keeps the scale of its input; all that the layers write into the residual stream
+    comes to LAYERS_SCALE."""
     random = np.random.Generator(np.random.Philox(SEED))
 
     def normal(rows: int, columns: int, scale: float) -> npt.NDArray[np.float32]:
@@ -140,7 +144,7 @@ def _weights() -> dict[str, npt.NDArray[np.float32]]:
         return np.ones(size, np.float32)
 
     inner = HEADS * HEAD_DIM
-    residual = EMBEDDING_SCALE / np.sqrt(2 * LAYERS)
+    residual = LAYERS_SCALE / np.sqrt(2 * LAYERS)
     weights = {
         "model.embed_tokens.weight": normal(VOCAB_SIZE, HIDDEN, EMBEDDING_SCALE),
         "model.norm.weight": ones(HIDDEN),
@@ -179,7 +183,7 @@ def _tokenizer() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sentences(20_000), trainer)
+    tokenizer.train_from_iterator(sentences(5_000), trainer)
     return tokenizer
 
 

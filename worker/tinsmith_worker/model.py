@@ -3,6 +3,7 @@
 Shapes: T packed tokens, D hidden, V vocabulary.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +36,9 @@ class Base:
 
         InvalidInput if its architecture is one that this would not compute rightly.
         """
+        # cuBLAS is deterministic with workspaces of a fixed size only, and torch looks once, at the first
+        # product. This is the size that torch takes on a Hopper GPU anyway.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         model.eval().requires_grad_(False)
         self._model, self._decoder = model, model.base_model
         config = model.config.get_text_config()

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+
+from tests.worker import tiny
 from tinsmith.errors import InvalidInput
 from tinsmith_worker import checkpoints
 from tinsmith_worker.contract import AdamParams, AdapterState, LoraSpec, Work
 from tinsmith_worker.engine import TorchEngine
-
-from tests.worker import tiny
 
 PARAMS = AdamParams(1e-2, weight_decay=0.01, grad_clip_norm=1.0)
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+
+from tests.worker import tiny
 from tinsmith.wire.batch import TrainInput
 from tinsmith.wire.losses import LOSSES
 from tinsmith_worker import losses
-
-from tests.worker import tiny
 
 LENGTHS = (40, 1, 25)
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.worker import tiny
 from tinsmith.wire.batch import TrainInput
 from tinsmith.wire.losses import LOSSES
 from tinsmith_worker.contract import LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
-
-from tests.worker import tiny
 
 TOLERANCE = 1e-5
 # Wide clips for some losses, so that rows fall on either side.

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from tests.worker import tiny
 from tinsmith_worker import lora
 from tinsmith_worker.contract import LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.stream import Segment
-
-from tests.worker import tiny
 
 # Different ranks, targets, losses, settings, shapes; the third's datums do not fit into one pass.
 TENANTS = {

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
 from tinsmith.wire.batch import TrainInput
 from tinsmith.wire.losses import LOSSES
 from tinsmith_worker.contract import AdapterState, LoraSpec
 from tinsmith_worker.model import Base
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -51,13 +51,14 @@ class Cache:
             self.keys[layer] = self._grown(self.keys[layer])
             self.values[layer] = self._grown(self.values[layer])
 
-    def copy(self, source: int, target: int) -> None:
-        for tensor_SGLC in (*self.keys, *self.values):
-            tensor_SGLC[target] = tensor_SGLC[source]
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Slot by slot; none may be in both."""
+        for tensor_SGLC in (*self.keys, *self.values) if targets else ():
+            tensor_SGLC[list(targets)] = tensor_SGLC[list(sources)]
 
-    def clean(self, slot: int) -> None:
+    def clean(self, slots: slice) -> None:
         for tensor_SGLC in (*self.keys, *self.values):
-            tensor_SGLC[slot].zero_()
+            tensor_SGLC[slots].zero_()
 
     def clear(self) -> None:
         """Give the memory back."""
@@ -103,22 +104,37 @@ class Prefill:
             slot, past = piece.slot, slice(piece.start, piece.stop)
             keys_SGLC[slot, :, past] = key_TGC[rows].transpose(0, 1)
             values_SGLC[slot, :, past] = value_TGC[rows].transpose(0, 1)
-            attended_HTC = F.scaled_dot_product_attention(
-                query_THC[rows].transpose(0, 1)[None],
-                keys_SGLC[slot : slot + 1, :, : piece.stop],
-                values_SGLC[slot : slot + 1, :, : piece.stop],
-                attn_mask=None if piece.start == 0 else _continues(piece, query_THC.device),
-                is_causal=piece.start == 0,
-                scale=scale,
-                enable_gqa=True,
-            )[0]
-            attended_THC[rows] = attended_HTC.transpose(0, 1)
+            attended_THC[rows] = _continue(
+                query_THC[rows].transpose(0, 1),
+                keys_SGLC[slot, :, : piece.stop],
+                values_SGLC[slot, :, : piece.stop],
+                piece,
+                scale,
+            ).transpose(0, 1)
         return attended_THC
 
 
-def _continues(piece: Piece, device: torch.device) -> torch.Tensor:
-    query_T = torch.arange(piece.start, piece.stop, device=device)
-    return torch.arange(piece.stop, device=device) <= query_T[:, None]
+def _continue(
+    query_HTC: torch.Tensor, key_GLC: torch.Tensor, value_GLC: torch.Tensor, piece: Piece, scale: float
+) -> torch.Tensor:
+    repeats = query_HTC.shape[0] // key_GLC.shape[0]
+    mask_TL = None
+    if piece.start:
+        positions_L = torch.arange(piece.stop, device=query_HTC.device)
+        mask_TL = positions_L <= positions_L[piece.start :, None]
+    if query_HTC.is_cuda and repeats > 1 and (piece.start or query_HTC.dtype == torch.float32):
+        # No such kernel on CUDA shares key/value heads; the fallback would hold all T x L scores.
+        key_GLC, value_GLC = (x.repeat_interleave(repeats, 0) for x in (key_GLC, value_GLC))
+        repeats = 1
+    return F.scaled_dot_product_attention(
+        query_HTC[None],
+        key_GLC[None],
+        value_GLC[None],
+        attn_mask=mask_TL,
+        is_causal=mask_TL is None,
+        scale=scale,
+        enable_gqa=repeats > 1,
+    )[0]
 
 
 class Decode:

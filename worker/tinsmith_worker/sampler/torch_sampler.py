@@ -104,7 +104,9 @@ class TorchSampler:
 
     def hold(self, sampler_id: str, state: AdapterState) -> None:
         if sampler_id not in self._held:
-            self._held[sampler_id] = self.base.adapter_of(state)
+            adapter = self.base.adapter_of(state)
+            adapter.weights = adapter.compute  # the float32 masters serve training only
+            self._held[sampler_id] = adapter
 
     def holds(self, sampler_id: str) -> bool:
         return sampler_id in self._held
@@ -198,20 +200,23 @@ class TorchSampler:
         """Forget everything about a request."""
         self._waiting = deque(r for r in self._waiting if r.given.request_id != request_id)
         self._reading = deque(p for p in self._reading if p.request.given.request_id != request_id)
-        for continuation in [c for c in self._slots if c.request.given.request_id == request_id]:
-            self._leave(continuation)
+        self._leave({c for c in self._slots if c.request.given.request_id == request_id})
 
-    def _leave(self, leaving: Continuation) -> None:
-        """Free the slot; the last one in use moves into the gap."""
-        assert leaving.slot is not None
-        last = self._slots.pop()
-        if last is not leaving:
-            assert last.slot is not None
-            self._cache.copy(last.slot, leaving.slot)
-            self._slots[leaving.slot], last.slot = last, leaving.slot
-        self._cache.clean(len(self._slots))
-        leaving.slot = None
-        self._ready.discard(leaving)
+    def _leave(self, leaving: set[Continuation]) -> None:
+        """Free their slots; the last ones in use move into the gaps."""
+        if not leaving:
+            return
+        used, staying = len(self._slots), len(self._slots) - len(leaving)
+        gaps = [slot for slot, continuation in enumerate(self._slots[:staying]) if continuation in leaving]
+        moving = [continuation for continuation in self._slots[staying:] if continuation not in leaving]
+        self._cache.copy([_slot(continuation) for continuation in moving], gaps)
+        self._cache.clean(slice(staying, used))
+        for continuation, gap in zip(moving, gaps, strict=True):
+            self._slots[gap], continuation.slot = continuation, gap
+        del self._slots[staying:]
+        for continuation in leaving:
+            continuation.slot = None
+        self._ready -= leaving
         self._round = None
 
     def _reserve(self, length: int) -> None:
@@ -300,12 +305,11 @@ class TorchSampler:
         for row, prompt in enumerate(complete):
             self._reading.remove(prompt)
             first, *others = prompt.continuations
-            for other in others if prompt.request.budget > 1 else ():
-                self._cache.copy(_slot(first), _slot(other))
+            if prompt.request.budget > 1:
+                self._cache.copy([_slot(first)] * len(others), [_slot(other) for other in others])
             growing += [(continuation, row) for continuation in prompt.continuations]
-        for continuation in [c for c, _ in growing if c.full]:
-            self._finish(continuation)
-        growing = [(c, row) for c, row in growing if c.slot is not None]
+        self._finish([c for c, _ in growing if c.full])
+        growing = [(c, row) for c, row in growing if not c.full]
         if not growing:
             return
         rows = [c for c, _ in growing]
@@ -375,15 +379,15 @@ class TorchSampler:
             k = continuation.request.given.topk_sample_logprobs
             topk = TopK(table.token_ids[row : row + 1, :k], table.logprobs[row : row + 1, :k]) if k else None
             continuation.append(tokens[row], chosen[row], topk)
-            if continuation.stopped or continuation.full:
-                self._finish(continuation)
+        self._finish([c for c in rows if c.slot is not None and (c.stopped or c.full)])
 
-    def _finish(self, continuation: Continuation) -> None:
-        request = continuation.request
-        request.finished[continuation.index] = continuation.sequence
-        self._leave(continuation)
-        if len(request.finished) == request.given.num_samples:
-            self._done.append(request.output)
+    def _finish(self, ended: Sequence[Continuation]) -> None:
+        self._leave(set(ended))
+        for continuation in ended:
+            request = continuation.request
+            request.finished[continuation.index] = continuation.sequence
+            if len(request.finished) == request.given.num_samples:
+                self._done.append(request.output)
 
 
 Item = TypeVar("Item")

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import tinsmith
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+import tinsmith
+
 MODEL = "tinsmith/tiny"
 FOLDER = Path("demo")
-EPOCHS, BATCH, WARM_UP = 55, 10, 6
+EPOCHS, BATCH, WARM_UP = 30, 10, 6
 LEARNING_RATE = 2e-3  # a model this small takes ten times what a large one would
 
 CAPITALS = """France Paris, Japan Tokyo, Egypt Cairo, Peru Lima, Norway Oslo, Kenya Nairobi, Italy Rome,

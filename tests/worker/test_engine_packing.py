@@ -74,6 +74,16 @@ def test_in_deterministic_mode_one_token_alone_equals_one_token_among_many_bit_f
         assert np.array_equal(a, b)
 
 
+def test_in_deterministic_mode_operations_given_together_or_one_by_one_leave_the_same_bits() -> None:
+    """A worker that replays a run's operations after a crash may group them otherwise than the first time."""
+    given = [TENANTS["ada"][1], TENANTS["cyd"][1], TENANTS["bob"][1]]
+    together, one_by_one = make(deterministic=True), make(deterministic=True)
+    together.forward_backward([Work("dee", TENANTS["dee"][1])] + [Work("ada", one) for one in given])
+    for one in given:
+        one_by_one.forward_backward([Work("ada", one)])
+    assert np.array_equal(together.state("ada").gradient, one_by_one.state("ada").gradient)
+
+
 def test_in_deterministic_mode_more_threads_change_no_bit() -> None:
     """Three shares of 256 x 352 elements end in the middle of a vector, where torch's silu rounds otherwise."""
     before = torch.get_num_threads()

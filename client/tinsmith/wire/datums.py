@@ -4,6 +4,7 @@
 to train. Tokens go from the message's bytes to an array without passing through Python lists.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -114,14 +115,14 @@ def array(tensor: pb.Tensor) -> npt.NDArray[np.generic]:
     if dtype is None:
         raise InvalidInput("its dtype must be float32, int64 or int32")
     shape = tuple(tensor.shape)
-    if any(n < 0 for n in shape):
+    if shape and min(shape) < 0:
         raise InvalidInput(f"its shape {list(shape)} has a negative dimension")
     if tensor.WhichOneof("encoding") == "sparse_csr":
         return _dense(tensor.sparse_csr, dtype, shape)
     values = _values(tensor.dense, dtype)
-    if not shape:
+    if (len(shape) == 1 and shape[0] == values.size) or not shape:
         return values
-    if int(np.prod(shape, dtype=np.float64)) != values.size:
+    if math.prod(shape) != values.size:
         raise InvalidInput(f"its shape {list(shape)} does not hold its {values.size} values")
     return values.reshape(shape)
 

@@ -50,8 +50,9 @@ SHOWN = (0, 5, 26, 30)
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     print(f"Starting a service (its log: {FOLDER / 'service.log'}) …")
-    with service() as (url, key), tinsmith.ServiceClient(base_url=url, api_key=key) as client:
-        train(client)
+    with service() as (url, key):
+        with tinsmith.ServiceClient(base_url=url, api_key=key, give_up_seconds=30) as client:
+            train(client)
     print(f"\nThe curve is in {FOLDER / 'loss.png'}, every step's numbers in {FOLDER / 'metrics.jsonl'}.")
     print("Next: change FACTS in cookbook/tinsmith_cookbook/demo.py and run `make demo` again;")
     print("      `.venv/bin/tinsmith serve` keeps a service running; docs/quickstart.md goes on from there.")
@@ -188,3 +189,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\nStopped.")
+    except tinsmith.TinsmithError as error:
+        sys.exit(f"\n{error}\nThe service's log is {FOLDER / 'service.log'}; `make demo` starts afresh.")

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import os
 import socket
 import sys
 import time
@@ -127,7 +128,11 @@ class Workers:
             command += [f"--{name}", str(value)]
         if settings.deterministic:
             command.append("--deterministic")
-        child.process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()])
+        # Threads that wait for each other by spinning take the cores from the control plane beside them.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        child.process = await asyncio.create_subprocess_exec(
+            *command, pass_fds=[theirs.fileno()], env=environment
+        )
         theirs.close()
         reader, child.writer = await asyncio.open_connection(sock=ours)
         try:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+import sqlalchemy as sa
+
 from tinsmith.errors import InvalidInput
 from tinsmith_api.embedded import Workers
 from tinsmith_api.journal import checkpoints, leases
@@ -21,6 +23,7 @@ from tinsmith_api.journal.tables import sampled_sequences
 from tinsmith_api.settings import Settings
 
 Value = TypeVar("Value")
+Json = dict[str, Any]
 
 _DAY_SECONDS = 86400.0
 _HOUSEKEEPING_SECONDS = 60.0
@@ -131,18 +134,21 @@ class Service:
     async def read(self, statement: Statement[Result]) -> Result:
         return await asyncio.wrap_future(self.journal.read(statement))
 
-    async def submit(self, operation: Operation, *also: Statement[object]) -> dict[str, Any]:
-        """Journal one operation (and what belongs to it), ring for its worker; what the client is told."""
+    async def submit(
+        self, operation: Operation, also: Statement[Json | None] = lambda _: None
+    ) -> dict[str, Any]:
+        """Journal one operation, ring for its worker; what the client is told.
 
+        `also` runs in the same transaction if the operation is new; an error that it returns refuses it.
+        """
         operation = replace(operation, request_id=operation.request_id or uuid.uuid4().hex)
         # Before it can be finished, let alone announced.
         self.wakeups.promise(operation.request_id, operation.tenant_id)
 
-        def statement(connection: Any) -> tuple[Operation, bool]:
+        def statement(connection: sa.Connection) -> tuple[Operation, bool]:
             entered, is_new = ops.submit(connection, operation)
-            if is_new:
-                for part in also:
-                    part(connection)
+            if is_new and (error := also(connection)) is not None:
+                entered = ops.refuse(connection, entered, error)
             return entered, is_new
 
         try:
@@ -150,7 +156,7 @@ class Service:
         except BaseException:
             self.wakeups.retract(operation.request_id)
             raise
-        if not is_new or operation.error:
+        if not is_new or entered.error:
             self.wakeups.retract(operation.request_id)
         if is_new or entered.state == ops.QUEUED:
             self.workers.ring(entered.base_model, entered.request_id)

@@ -121,6 +121,12 @@ def submit(connection: sa.Connection, operation: Operation) -> tuple[Operation, 
     return new, True
 
 
+def refuse(connection: sa.Connection, operation: Operation, error: Json) -> Operation:
+    """Fail an operation in the transaction that entered it."""
+    finish(connection, operation.request_id, run_id=None, worker_id="", epoch=-1, error=error)
+    return replace(operation, state=FAILED, error=error)
+
+
 def find(connection: sa.Connection, subject: str, seq_id: int) -> Operation | None:
     """The operation with this number, without its payload."""
     where = (operations.c.subject == subject, operations.c.seq_id == seq_id)

@@ -284,12 +284,12 @@ async def _refuse(mine: Owner, run: Any, seq_id: int, kind: str, error: Exceptio
     )
 
 
-async def _call(mine: Owner, run: Any, seq_id: int, kind: str, payload: Json, *also: Any) -> Json:
+async def _call(mine: Owner, run: Any, seq_id: int, kind: str, payload: Json) -> Json:
     await mine.open_session(run.session_id)
     operation = Operation(
         run.id, seq_id, kind, mine.tenant_id, run.base_model, payload=json.dumps(payload).encode()
     )
-    return await mine.service.submit(operation, *also)
+    return await mine.service.submit(operation)
 
 
 async def _create(
@@ -434,9 +434,8 @@ async def _save(
         "category": "user",
     }
 
-    def reserve(connection: sa.Connection) -> None:
-        if not checkpoints.reserve(connection, reservation) and not overwrite:
-            ops.finish(connection, request_id, run_id=None, worker_id="", epoch=-1, error=taken)
+    def reserve(connection: sa.Connection) -> Json | None:
+        return None if checkpoints.reserve(connection, reservation) or overwrite else taken
 
     await mine.open_session(run.session_id)
     operation = Operation(

@@ -46,10 +46,13 @@ def base(family: str = "qwen3", **options: Any) -> Base:
     return Base(model(family, **options))
 
 
-def trained(of: Base, spec: LoraSpec, seed: int = 3) -> AdapterState:
-    """An adapter as if trained a while: A and B both random, so that every gradient is worth comparing."""
+def trained(of: Base, spec: LoraSpec, seed: int = 3, spread: float = 0.1) -> AdapterState:
+    """An adapter as if trained a while: A and B both random, so that every gradient is worth comparing.
+
+    A wide base wants a smaller `spread`: with large deltas its numbers depend on every rounding.
+    """
     fresh = of.new_adapter(spec).state()
-    random = np.random.default_rng(seed).normal(0, 0.1, fresh.weights.shape).astype(np.float32)
+    random = np.random.default_rng(seed).normal(0, spread, fresh.weights.shape).astype(np.float32)
     for (_, start, shape), (_, stop, _) in zip(
         fresh.tensors, (*fresh.tensors[1:], ("", len(random), ())), strict=True
     ):
@@ -94,7 +97,9 @@ def peft(of: Any, state: AdapterState) -> PeftModel:
     spec = state.spec
     modules = ATTENTION * spec.train_attn + MLP * spec.train_mlp + ["lm_head"] * spec.train_unembed
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT doubts adapters at tied embeddings, and that is what we compare
+        warnings.simplefilter(
+            "ignore"
+        )  # PEFT doubts adapters at tied embeddings, and that is what we compare
         wrapped = get_peft_model(of, LoraConfig(r=spec.rank, lora_alpha=32, target_modules=modules))
     parameters = dict(wrapped.named_parameters())
     with torch.no_grad():

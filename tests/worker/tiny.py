@@ -39,7 +39,8 @@ def model(
     }
     config = {"qwen3": Qwen3Config, "llama": LlamaConfig}[family](**shape)
     torch.manual_seed(17)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # Rounded after it is drawn: drawn in bfloat16 it could be another model.
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
 
 
 def base(family: str = "qwen3", **options: Any) -> Base:

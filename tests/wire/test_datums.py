@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tinsmith.wire import datums, json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.batch import TrainOutput
 from tinsmith.wire.losses import LOSSES
-from tinsmith.wire.samples import dense
+from tinsmith.wire.samples import dense, topk
 
 LIMITS = {"vocab_size": 1000, "max_context_length": 64}
 
@@ -205,4 +206,104 @@ def test_a_nan_in_a_result_is_null_in_json() -> None:
     message = pb.ForwardBackwardOutput.FromString(datums.write_output(given_input, output))
     body = json_form.write_output(message)
     assert body["loss_fn_outputs"][0]["logprobs"]["data"] == [None, -1.0]
-    assert "loss:sum" not in body["metrics"]
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
+def test_every_json_result_has_a_finite_loss(loss: float) -> None:
+    message = pb.ForwardBackwardOutput(metrics={"loss:sum": loss, "ratio:max": np.nan, "tokens:sum": 2})
+    metrics = json_form.write_output(message)["metrics"]
+    assert abs(metrics["loss:sum"]) == np.finfo(np.float32).max
+    assert (metrics["loss:sum"] < 0) == (loss < 0)
+    assert metrics["tokens:sum"] == 2
+    assert "ratio:max" not in metrics
+
+
+def with_targets(shape: list[int], **encoding: object) -> pb.Datum:
+    message = datum([1, 2, 3])
+    tensor = pb.Tensor(dtype=pb.DTYPE_INT64, shape=shape, **encoding)  # type: ignore[arg-type]
+    message.loss_fn_inputs["target_tokens"].CopyFrom(tensor)
+    return message
+
+
+@pytest.mark.parametrize(
+    "shape", [[1] * 70, [0, 2**62], [2**62, 0], [2**62, 2**62], [2, 1025], [2**31, 1024], [1, 1, 2]]
+)
+@pytest.mark.parametrize("encoding", [{"dense": b""}, {"sparse_csr": {}}, {"dense": b"\0" * 8}])
+def test_no_shape_is_more_than_invalid_input(shape: list[int], encoding: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput, match="datum 0"):
+        datums.read(request(with_targets(shape, **encoding)), **LIMITS)
+
+
+def test_sparse_rows_that_wrap_around_64_bits_are_refused() -> None:
+    crow = np.array([0, 2**63 - 1, -2, 0], "<i8").tobytes()
+    message = datum([1, 2, 3, 4])
+    message.loss_fn_inputs["target_tokens"].CopyFrom(
+        pb.Tensor(sparse_csr={"crow_indices": crow}, dtype=pb.DTYPE_INT64, shape=[3, 2])
+    )
+    with pytest.raises(InvalidInput, match="crow_indices"):
+        datums.read(request(message), **LIMITS)
+
+
+def test_one_wide_datum_beside_many_long_ones_does_not_become_gigabytes() -> None:
+    crow = np.zeros(2, "<i8").tobytes()
+    wide_one = datum([1, 2])
+    wide_one.loss_fn_inputs["target_tokens"].CopyFrom(
+        pb.Tensor(sparse_csr={"crow_indices": crow}, dtype=pb.DTYPE_INT64, shape=[1, 1024])
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInput, match="cells"):
+            datums.read(request(wide_one, *[datum([1] * 65)] * 1024), **LIMITS)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_running_out_of_memory_is_told_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(datums, "_stack", full)
+    with pytest.raises(InvalidInput, match="memory"):
+        datums.read(request(datum([1, 2])), **LIMITS)
+
+
+@pytest.mark.parametrize("config", [[1], "text", 5, {"a": 10**400}, {"a": None}, {"a": [1]}, {"a": True}])
+def test_a_loss_config_that_is_none_is_invalid_input(config: object) -> None:
+    inner = {"loss_fn": "ppo", "data": [], "loss_fn_config": config}
+    with pytest.raises(InvalidInput, match="loss_fn_config"):
+        json_form.read_request({"model_id": "r", "seq_id": 1, "forward_input": inner}, "forward_input")
+
+
+def test_a_number_too_large_for_a_tensor_is_invalid_input() -> None:
+    for name, number in (("weights", 10**400), ("target_tokens", 2**63), ("weights", 1e300)):
+        inputs = {"target_tokens": [2], "weights": [1], name: [number]}
+        inner = {
+            "loss_fn": "cross_entropy",
+            "data": [{"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": inputs}],
+        }
+        body = {"model_id": "r", "seq_id": 1, "forward_input": inner}
+        with pytest.raises(InvalidInput, match=name):
+            datums.read(json_form.read_request(body, "forward_input"), **LIMITS)
+
+
+def test_a_setting_that_float32_cannot_hold_is_invalid_input() -> None:
+    message = request(datum([1, 2], logprobs=[0], advantages=[1]), loss="ppo")
+    message.loss_fn_config_v2["clip_high_threshold"].number = 1e300
+    with pytest.raises(InvalidInput, match="finite"):
+        datums.read(message, **LIMITS)
+
+
+def test_everything_a_sample_can_hold_is_in_its_json_form() -> None:
+    ids, scores = np.array([[4, 5], [6, 0]], np.int32), np.array([[-1, -2], [-3, -99999]], np.float32)
+    message = pb.SampleResponse(
+        sequences=[pb.SampledSequence(tokens=ids[0].tobytes(), topk_sampled_logprobs=topk(ids, scores))],
+        target_prompt_logprobs=dense(scores),
+        prompt_alt_tokens=pb.PromptAltTokens(tokens=dense(ids), logprobs=dense(scores)),
+    )
+    body = json_form.write_sample(message)
+    assert body["sequences"][0]["topk_sampled_logprobs"] == [[(4, -1.0), (5, -2.0)], [(6, -3.0)]]
+    floats = {"data": [-1.0, -2.0, -3.0, -99999.0], "dtype": "float32", "shape": [2, 2]}
+    assert body["target_prompt_logprobs"] == floats
+    assert body["prompt_alt_tokens"]["logprobs"] == floats
+    assert body["prompt_alt_tokens"]["tokens"] == {"data": [4, 5, 6, 0], "dtype": "int64", "shape": [2, 2]}

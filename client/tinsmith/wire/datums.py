@@ -20,6 +20,13 @@ from tinsmith.wire.losses import LOSSES
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
+MAX_TARGETS = 1024
+"""Targets per token."""
+
+# A few bytes of a sparse tensor, or one wide datum beside many long ones, could name terabytes.
+_MAX_CELLS = 1 << 26
+_MAX_DIMENSION = 1 << 31
+
 _DTYPES: dict[int, "np.dtype[np.generic]"] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
     pb.DTYPE_INT64: np.dtype("<i8"),
@@ -37,6 +44,40 @@ def parse(body: bytes) -> pb.ForwardBackwardRequest:
 
 def read(request: pb.ForwardBackwardRequest, *, vocab_size: int, max_context_length: int) -> TrainInput:
     """Check everything about `request` that does not depend on the run; InvalidInput names the datum."""
+    try:
+        return _read(request, vocab_size, max_context_length)
+    except MemoryError:
+        raise InvalidInput("these datums do not fit into memory: send fewer of them at a time") from None
+
+
+def shape_of(tensor: pb.Tensor) -> tuple[int, ...]:
+    """The shape of a wire Tensor, checked but not yet made dense; a missing one means one dimension."""
+    shape = tuple(tensor.shape)
+    if len(shape) > 2:
+        raise InvalidInput(f"it has {len(shape)} dimensions: one or two are possible")
+    if shape and not 0 <= min(shape) <= max(shape) <= _MAX_DIMENSION:
+        raise InvalidInput(f"its shape {list(shape)} has a negative dimension or one above {_MAX_DIMENSION}")
+    if len(shape) == 2 and shape[1] > MAX_TARGETS:
+        raise InvalidInput(f"its shape {list(shape)} has more than {MAX_TARGETS} values per token")
+    if tensor.WhichOneof("encoding") == "sparse_csr":
+        if len(shape) != 2:
+            raise InvalidInput("a sparse tensor needs a shape of two dimensions")
+        return shape
+    size = len(_values(tensor.dense, _dtype(tensor)))
+    if shape and math.prod(shape) != size:
+        raise InvalidInput(f"its shape {list(shape)} does not hold its {size} values")
+    return shape or (size,)
+
+
+def array(tensor: pb.Tensor) -> npt.NDArray[np.generic]:
+    """The values of a wire Tensor, dense, in its shape."""
+    dtype, shape = _dtype(tensor), shape_of(tensor)
+    if tensor.WhichOneof("encoding") == "sparse_csr":
+        return _dense(tensor.sparse_csr, dtype, shape)
+    return _values(tensor.dense, dtype).reshape(shape)
+
+
+def _read(request: pb.ForwardBackwardRequest, vocab_size: int, max_context_length: int) -> TrainInput:
     if not request.data:
         raise InvalidInput("`data` is empty: send at least one datum")
     loss = request.loss_fn
@@ -109,47 +150,37 @@ def metrics(given: TrainInput, output: TrainOutput) -> dict[str, float]:
     return found
 
 
-def array(tensor: pb.Tensor) -> npt.NDArray[np.generic]:
-    """The values of a wire Tensor, dense; a missing shape means one dimension."""
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise InvalidInput("its dtype must be float32, int64 or int32")
-    shape = tuple(tensor.shape)
-    if shape and min(shape) < 0:
-        raise InvalidInput(f"its shape {list(shape)} has a negative dimension")
-    if tensor.WhichOneof("encoding") == "sparse_csr":
-        return _dense(tensor.sparse_csr, dtype, shape)
-    values = _values(tensor.dense, dtype)
-    if (len(shape) == 1 and shape[0] == values.size) or not shape:
-        return values
-    if math.prod(shape) != values.size:
-        raise InvalidInput(f"its shape {list(shape)} does not hold its {values.size} values")
-    return values.reshape(shape)
-
-
-# A sparse tensor may not grow past this many cells when made dense: a few bytes could name terabytes.
-_MAX_DENSE_CELLS = 1 << 26
-
-
 def _dense(
     csr: pb.SparseCsr, dtype: "np.dtype[np.generic]", shape: tuple[int, ...]
 ) -> npt.NDArray[np.generic]:
-    if len(shape) != 2:
-        raise InvalidInput("a sparse tensor needs a shape of two dimensions")
     rows, columns = shape
-    if rows * columns > _MAX_DENSE_CELLS:
-        raise InvalidInput(f"its shape {[rows, columns]} has more than {_MAX_DENSE_CELLS} cells")
+    if rows * columns > _MAX_CELLS:
+        raise InvalidInput(f"its shape {[rows, columns]} has more than {_MAX_CELLS} cells")
     crow = _values(csr.crow_indices, np.dtype("<i8")).astype(np.int64)
     column = _values(csr.col_indices, np.dtype("<i8")).astype(np.int64)
     values = _values(csr.values, dtype)
     counts = np.diff(crow)
-    if crow.size != rows + 1 or crow[0] != 0 or crow[-1] != values.size or (counts < 0).any():
+    # The last: differences of numbers near 2**63 wrap around, and would pass for rising.
+    if (
+        crow.size != rows + 1
+        or crow[0] != 0
+        or crow[-1] != values.size
+        or (counts < 0).any()
+        or crow.max() > values.size
+    ):
         raise InvalidInput("crow_indices must hold rows + 1 rising numbers from 0 to the count of values")
     if column.size != values.size or (column.size and not 0 <= column.min() <= column.max() < columns):
         raise InvalidInput("col_indices must hold one column below the tensor's width for every value")
     dense = np.zeros(shape, dtype)
     dense[np.repeat(np.arange(rows), counts), column] = values
     return dense
+
+
+def _dtype(tensor: pb.Tensor) -> "np.dtype[np.generic]":
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise InvalidInput("its dtype must be float32, int64 or int32")
+    return dtype
 
 
 def _values(blob: bytes, dtype: "np.dtype[np.generic]") -> npt.NDArray[np.generic]:
@@ -191,37 +222,43 @@ def _settings(request: pb.ForwardBackwardRequest) -> dict[str, float]:
                 f"{request.loss_fn} has no setting {name!r}: "
                 f"it knows {', '.join(sorted(loss.settings)) or 'none'}"
             )
-        if not np.isfinite(number):
-            raise InvalidInput(f"loss_fn_config[{name!r}] must be finite, got {number}")
+        if not abs(number) <= float(np.finfo(np.float32).max):
+            raise InvalidInput(f"loss_fn_config[{name!r}] must be finite in float32, got {number}")
         found[known] = float(number)
     return found
 
 
 def _targets(request: pb.ForwardBackwardRequest, lengths_S: Int64, vocab_size: int) -> tuple[Int64, Int64]:
-    found: list[npt.NDArray[np.generic]] = []
-    for i, datum in enumerate(request.data):
+    shapes: list[tuple[int, ...]] = []
+    for i, (datum, length) in enumerate(zip(request.data, lengths_S, strict=True)):
         if "target_tokens" not in datum.loss_fn_inputs:
             raise InvalidInput(f"datum {i}: loss_fn_inputs lacks `target_tokens`")
-        targets = _at(i, array, datum.loss_fn_inputs["target_tokens"], "target_tokens")
-        if targets.dtype.kind != "i":
-            raise InvalidInput(f"datum {i}: `target_tokens` must be integers, got {targets.dtype.name}")
-        if (
-            targets.ndim not in (1, 2)
-            or len(targets) != lengths_S[i]
-            or (targets.ndim == 2 and not targets.shape[1])
-        ):
+        shape = _at(i, shape_of, datum.loss_fn_inputs["target_tokens"], "target_tokens")
+        if shape[0] != length or 0 in shape:
             raise InvalidInput(
-                f"datum {i}: `target_tokens` has shape {list(targets.shape)}, "
-                f"but the input has {lengths_S[i]} tokens: "
-                f"it must be [{lengths_S[i]}] or [{lengths_S[i]}, K]"
+                f"datum {i}: `target_tokens` has shape {list(shape)}, but the input has {length} tokens: "
+                f"it must be [{length}] or [{length}, K]"
             )
-        if targets.ndim == 2 and request.loss_fn != "cross_entropy":
+        if len(shape) == 2 and request.loss_fn != "cross_entropy":
             raise InvalidInput(
                 f"datum {i}: {request.loss_fn} takes one target per token, `target_tokens` is 2-D"
             )
+        shapes.append(shape)
+    widths_S = np.array([shape[1] if len(shape) == 2 else 0 for shape in shapes], np.int64)
+    width = max(1, int(widths_S.max()))
+    # Looked at before anything is made wide.
+    if int(lengths_S.sum()) * width > _MAX_CELLS:
+        raise InvalidInput(
+            f"{lengths_S.sum()} tokens with up to {width} targets each are more than {_MAX_CELLS} cells: "
+            "send fewer datums at a time"
+        )
+    found = []
+    for i, datum in enumerate(request.data):
+        targets = _at(i, array, datum.loss_fn_inputs["target_tokens"], "target_tokens")
+        if targets.dtype.kind != "i":
+            raise InvalidInput(f"datum {i}: `target_tokens` must be integers, got {targets.dtype.name}")
         found.append(targets)
-    widths_S = np.array([t.shape[1] if t.ndim == 2 else 0 for t in found], np.int64)
-    targets_TK = _stack(found, lengths_S, max(1, int(widths_S.max())), np.dtype(np.int64))
+    targets_TK = _stack(found, lengths_S, width, np.dtype(np.int64))
     _check_range("target_tokens", targets_TK, vocab_size, lengths_S)
     return targets_TK, widths_S
 
@@ -269,13 +306,13 @@ def _column(
                 raise InvalidInput(f"datum {i}: {request.loss_fn} needs `{name}` in loss_fn_inputs")
             found.append(np.full(shape, default, np.float32))
             continue
-        values = _at(i, array, tensor, name)
-        if values.shape != shape:
+        given = _at(i, shape_of, tensor, name)
+        if given != shape:
             raise InvalidInput(
-                f"datum {i}: `{name}` has shape {list(values.shape)}, "
+                f"datum {i}: `{name}` has shape {list(given)}, "
                 f"it must be {list(shape)} like its target_tokens"
             )
-        found.append(values)
+        found.append(_at(i, array, tensor, name))
     column: Float32 = _stack(found, lengths_S, width, np.dtype(np.float32))
     bad = ~np.isfinite(column)
     if bad.any():

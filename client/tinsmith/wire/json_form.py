@@ -10,11 +10,15 @@ import numpy.typing as npt
 
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.datums import array
 
 Json = dict[str, Any]
 
 # The dtype of an input that came without one.
 _INTEGER_INPUTS = {"target_tokens"}
+
+# Of float32. JSON has no infinity.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def read_request(given: Any, member: str) -> pb.ForwardBackwardRequest:
@@ -32,13 +36,17 @@ def read_request(given: Any, member: str) -> pb.ForwardBackwardRequest:
     message = pb.ForwardBackwardRequest(
         model_id=model_id, seq_id=seq_id, loss_fn=loss_fn, forward_only=member == "forward_input"
     )
-    for name, value in (inner.get("loss_fn_config") or {}).items():
+    config = inner.get("loss_fn_config")
+    for name, value in ({} if config is None else _object(config, "loss_fn_config")).items():
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise InvalidInput(f"loss_fn_config[{name!r}] must be a number or a text")
         if isinstance(value, str):
             message.loss_fn_config_v2[name].text = value
-        else:
-            message.loss_fn_config_v2[name].number = value
+            continue
+        try:
+            message.loss_fn_config_v2[name].number = float(value)
+        except OverflowError:
+            raise InvalidInput(f"loss_fn_config[{name!r}] must be finite") from None
     for index, datum in enumerate(data):
         try:
             _datum(message.data.add(), _object(datum, "a datum"))
@@ -83,7 +91,7 @@ def write_output(message: pb.ForwardBackwardOutput) -> Json:
     return {
         "loss_fn_output_type": message.loss_fn_output_type,
         "loss_fn_outputs": outputs,
-        "metrics": {name: value for name, value in message.metrics.items() if math.isfinite(value)},
+        "metrics": _metrics(message.metrics),
     }
 
 
@@ -97,6 +105,13 @@ def write_sample(message: pb.SampleResponse) -> Json:
         body["prompt_logprobs"] = _floats(message.prompt_logprobs)
     if message.HasField("topk_prompt_logprobs"):
         body["topk_prompt_logprobs"] = _topk(message.topk_prompt_logprobs)
+    if message.HasField("target_prompt_logprobs"):
+        body["target_prompt_logprobs"] = _tensor(message.target_prompt_logprobs)
+    if message.HasField("prompt_alt_tokens"):
+        body["prompt_alt_tokens"] = {
+            "tokens": _tensor(message.prompt_alt_tokens.tokens),
+            "logprobs": _tensor(message.prompt_alt_tokens.logprobs),
+        }
     return body
 
 
@@ -135,7 +150,8 @@ def _array(given: Any, dtype: str, name: str) -> npt.NDArray[Any]:
         raise InvalidInput(f"`{name}` must be a flat list of numbers") from None
     if values.ndim != 1:
         raise InvalidInput(f"`{name}` must be a flat list of numbers")
-    return values.astype(dtype)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+        return values.astype(dtype)
 
 
 def _object(given: Any, name: str) -> Json:
@@ -152,6 +168,18 @@ def _tensor_at(field: pb.BatchedTensor, index: int) -> Json:
     return {"data": _numbers(values), "dtype": "float32", "shape": [rows, *trailing]}
 
 
+def _tensor(message: pb.Tensor) -> Json:
+    """A TensorData object, which knows two dtypes."""
+    values = array(message)
+    floats = values.dtype.kind == "f"
+    flat = values.reshape(-1)
+    return {
+        "data": _numbers(flat.astype(np.float32, copy=False)) if floats else flat.tolist(),
+        "dtype": "float32" if floats else "int64",
+        "shape": list(values.shape),
+    }
+
+
 def _sequence(sequence: pb.SampledSequence) -> Json:
     body: Json = {
         "stop_reason": "stop" if sequence.stop_reason == pb.STOP_REASON_STOP else "length",
@@ -159,6 +187,8 @@ def _sequence(sequence: pb.SampledSequence) -> Json:
     }
     if sequence.HasField("logprobs"):
         body["logprobs"] = _floats(sequence.logprobs)
+    if sequence.HasField("topk_sampled_logprobs"):
+        body["topk_sampled_logprobs"] = _topk(sequence.topk_sampled_logprobs)
     return body
 
 
@@ -170,8 +200,20 @@ def _numbers(values: npt.NDArray[np.float32]) -> list[float | None]:
     """JSON has neither NaN nor infinity: NaN (no value) becomes null, infinities the largest number."""
     if np.isfinite(values).all():
         return values.tolist()  # type: ignore[no-any-return]
-    limit = float(np.finfo(np.float32).max)
-    return [None if math.isnan(v) else max(-limit, min(limit, v)) for v in values.tolist()]
+    return [None if math.isnan(v) else max(-_LARGEST, min(_LARGEST, v)) for v in values.tolist()]
+
+
+def _metrics(given: Mapping[str, float]) -> dict[str, float]:
+    """Older clients accept numbers only, and read `loss:sum` of every result: the largest number stands
+    for a loss that is none, while any other metric without a value is left out."""
+    found = {
+        name: math.copysign(_LARGEST, value) if math.isinf(value) else value
+        for name, value in given.items()
+        if not math.isnan(value)
+    }
+    if "loss:sum" in given:
+        found.setdefault("loss:sum", _LARGEST)
+    return found
 
 
 def _topk(message: pb.TopkLogprobs) -> list[list[tuple[int, float]] | None]:

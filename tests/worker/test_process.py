@@ -13,12 +13,12 @@ import pytest
 from tests.e2e.wire import datum
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.batch import TrainOutput
-from tinsmith_api.journal import identities
+from tinsmith_api.journal import identities, leases
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.objects import DirectoryStore
 from tinsmith_api.journal.operations import Operation, Outcome
 from tinsmith_api.journal.store import Store
-from tinsmith_api.journal.tables import runs
+from tinsmith_api.journal.tables import payloads, runs
 from tinsmith_worker.channel import Channel
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
 from tinsmith_worker.null_engine import NullEngine, NullSampler
@@ -94,6 +94,7 @@ class House:
         ours, theirs = socket.socketpair()
         self.line = ours
         self.engine = CountingEngine()
+        self.journal.write(lambda c: leases.register_worker(c, name, "m", {})).result()
         self.worker = Worker(
             worker_id=name,
             base_model="m",
@@ -120,6 +121,11 @@ class House:
         self.journal.write(lambda c: c.execute(runs.insert().values(**row, **more))).result()
         assert self.outcome(self.submit(name, 0, ops.CREATE_MODEL, b"{}")).error is None
         return name
+
+    def forget_snapshot(self) -> None:
+        """As if the last worker had been killed before it could take one."""
+        gone = runs.update().values(snapshot_seq=-1, snapshot_key=None)
+        self.journal.write(lambda c: c.execute(gone)).result()
 
     def submit(self, run: str, seq: int, kind: str, payload: bytes, *, ring: bool = True) -> str:
         operation = Operation(run, seq, kind, self.tenant, "m", payload=payload)
@@ -187,26 +193,24 @@ def test_a_step_that_failed_and_cleared_its_gradient_does_so_in_a_replay_too(hou
     house.line.close()  # as if the control plane had died: the worker leaves
     house.thread.join(timeout=20)
     # A snapshot was taken on leaving; without it the replay starts from nothing.
-    house.journal.write(
-        lambda c: c.execute(runs.update().values(snapshot_seq=-1, snapshot_key=None))
-    ).result()
-    restore_payloads(house)
+    house.forget_snapshot()
+    restore_payloads(house, a_step_and_its_calls())
     house.start("w2")
     assert house.gradient_of(house.step("a", 4)) == 2
 
 
-def restore_payloads(house: House) -> None:
-    from tinsmith_api.journal.tables import payloads
-
+def a_step_and_its_calls() -> dict[int, bytes]:
     first = pb.ForwardBackwardRequest(data=[datum([INFINITE, 1, 0])], loss_fn="cross_entropy", seq_id=1)
     third = pb.ForwardBackwardRequest(data=[datum([1, 2, 0])], loss_fn="cross_entropy", seq_id=3)
     step = json.dumps({"adam_params": {}}).encode()
-    bodies = {0: b"{}", 1: first.SerializeToString(), 2: step, 3: third.SerializeToString()}
-    for seq, body in bodies.items():
-        found = house.journal.read(lambda c, seq=seq: ops.find(c, "a", seq)).result()
-        assert found is not None
-        row = {"request_id": found.request_id, "body": body}
-        house.journal.write(lambda c, row=row: c.execute(payloads.insert().values(row))).result()
+    return {0: b"{}", 1: first.SerializeToString(), 2: step, 3: third.SerializeToString()}
+
+
+def restore_payloads(house: House, bodies: dict[int, bytes]) -> None:
+    """As if the snapshot that purged them had never been taken."""
+    calls = house.journal.read(lambda c: ops.history(c, "a", -1)).result()
+    rows = [{"request_id": o.request_id, "body": bodies[o.seq_id]} for o in calls if o.seq_id in bodies]
+    house.journal.write(lambda c: c.execute(payloads.insert(), rows)).result()
 
 
 def test_a_replay_does_not_change_results_or_count_twice(house: House) -> None:
@@ -247,3 +251,116 @@ def test_runs_share_a_pass_when_they_wait_together(house: House) -> None:
     for request_id in waiting:
         assert house.outcome(request_id).error is None
     assert len(house.engine.passes) < 5
+
+
+def test_a_result_that_cannot_be_kept_is_a_failure_and_the_run_is_what_it_says(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.run("a")
+    house.outcome(house.train("a", 1, 1, 2, 3))
+
+    def breaks(metrics: dict[str, float]) -> bytes:
+        raise ValueError("no such number in JSON")
+
+    monkeypatch.setattr("tinsmith_worker.answers.optim_step", breaks)
+    failed = house.outcome(house.step("a", 2))
+    assert failed.error is not None
+    assert "could not be kept" in failed.error["error"]
+    monkeypatch.undo()
+    house.outcome(house.train("a", 3, 1, 2))
+    house.drain()
+    house.start("w2")
+    assert house.gradient_of(house.step("a", 4)) == 2
+    assert house.engine.state("a").step == 2, "the step whose result was lost was lost with it"
+
+
+def test_a_snapshot_never_covers_a_call_without_result(house: House) -> None:
+    house.run("a")
+    house.outcome(house.train("a", 1, 1, 2))
+    assert house.worker is not None
+    waiting = house.train("a", 2, 3, 4, ring=False)
+    epoch = house.worker.intake.known["a"]
+
+    def record(c):  # type: ignore[no-untyped-def]
+        return ops.record_snapshot(c, "a", seq_id=2, key="k", worker_id="w1", epoch=epoch)
+
+    with pytest.raises(ops.Unfinished):
+        house.journal.write(record).result()
+    house.line.sendall(f"ring {waiting}\n".encode())
+    assert house.outcome(waiting).error is None
+
+
+def test_one_damaged_checkpoint_fails_its_load_and_nothing_else(house: House) -> None:
+    house.run("a")
+    house.run("b")
+    folder = house.folder / "objects" / "bad"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("")
+    call = {"path": "tinker://x/weights/bad", "optimizer": False, "object_prefix": "bad"}
+    failed = house.outcome(house.submit("a", 1, ops.LOAD_WEIGHTS, json.dumps(call).encode()))
+    assert failed.error is not None
+    assert house.outcome(house.train("b", 1, 1, 2)).error is None
+    assert house.gradient_of(house.step("a", 2)) == 0
+
+
+def test_a_snapshot_that_cannot_be_restored_fails_its_run_and_nothing_else(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.run("a")
+    house.run("b")
+    house.outcome(house.train("a", 1, 1, 2))
+    house.drain()
+
+    def refuses(self: CountingEngine, run_id: str, state: AdapterState) -> None:
+        raise RuntimeError("made for another base")
+
+    monkeypatch.setattr(CountingEngine, "restore", refuses)
+    waiting = house.step("a", 2, ring=False)
+    house.start("w2")
+    failed = house.outcome(waiting)
+    assert failed.error is not None
+    assert "another base" in failed.error["error"]
+    later = house.outcome(house.step("a", 3))
+    assert later.error is not None, "a later call must not wait for the ones that failed"
+    monkeypatch.undo()
+    assert house.run("c")
+
+
+def test_a_call_that_cannot_be_replayed_fails_its_run_and_is_not_skipped(house: House) -> None:
+    house.run("a")
+    house.outcome(house.train("a", 1, 1, 2))
+    house.outcome(house.train("a", 2, 3, 4, 5))
+    house.drain()
+    house.forget_snapshot()
+    restore_payloads(house, {0: b"{}"})
+    house.start("w2")
+    failed = house.outcome(house.step("a", 3))
+    assert failed.error is not None
+    assert "could not be brought back" in failed.error["error"]
+
+
+def test_bodies_of_forwards_are_not_kept_and_not_replayed(house: House) -> None:
+    house.run("a")
+    message = pb.ForwardBackwardRequest(
+        data=[datum([1, 2, 0])], loss_fn="cross_entropy", forward_only=True, seq_id=1
+    )
+    house.outcome(house.submit("a", 1, ops.FORWARD, message.SerializeToString()))
+    kept = house.journal.read(lambda c: [o for o in ops.history(c, "a", 0) if o.payload is not None]).result()
+    assert kept == []
+    house.drain()
+    house.start("w2")
+    assert house.gradient_of(house.step("a", 2)) == 0
+
+
+def test_a_call_that_arrives_after_its_run_was_dropped_is_not_lost(house: House) -> None:
+    house.run("a")
+    house.outcome(house.train("a", 1, 1, 2))
+    assert house.worker is not None
+    house.worker._drop("a")  # between two batches: the engine's thread is waiting
+    assert house.gradient_of(house.step("a", 2)) == 2
+
+
+def test_a_worker_given_up_for_dead_can_take_nothing(house: House) -> None:
+    house.run("a")
+    house.journal.write(lambda c: leases.stop_worker(c, "w1")).result()
+    assert house.journal.write(lambda c: leases.take(c, "a", "w1")).result() is None

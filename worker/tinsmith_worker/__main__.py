@@ -3,6 +3,7 @@
 import argparse
 import logging
 import signal
+import sys
 from pathlib import Path
 
 from tinsmith_api.journal.objects import open_store
@@ -38,7 +39,10 @@ def main() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Ctrl-C reaches the whole process group; the parent decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    engine, sampler = _open_engine(given)
+    try:
+        engine, sampler = _open_engine(given)
+    except (OSError, ValueError) as error:
+        sys.exit(f"tinsmith: cannot serve {given.base_model} from {given.path}: {error}")
     worker = Worker(
         worker_id=given.worker_id,
         base_model=given.base_model,

@@ -28,7 +28,7 @@ def optim_step(metrics: dict[str, float]) -> bytes:
     return json_body({"metrics": {name: value for name, value in metrics.items() if np.isfinite(value)}})
 
 
-def saved(operation: Operation, given: Json) -> Json:
+def saved(given: Json) -> Json:
     if given.get("sampling_session_id"):
         return {"sampling_session_id": given["sampling_session_id"]}
     return {"path": given["path"]}

@@ -1,6 +1,6 @@
 """Checkpoints and snapshots on their way to the object store, beside the training that goes on.
 
-One thread, in order: a snapshot that covers a save is written after it.
+One thread, in the order of asking. A snapshot is recorded only once everything it covers has its result.
 """
 
 import logging
@@ -14,7 +14,7 @@ from uuid import uuid4
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import ObjectStore
-from tinsmith_api.journal.operations import LeaseLost, Operation
+from tinsmith_api.journal.operations import LeaseLost, Operation, Unfinished
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers, checkpoints
 from tinsmith_worker.contract import AdapterState, Failure
@@ -46,7 +46,7 @@ class Archive:
         *,
         base_model: str,
         seconds: float,
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[str, int], None],
     ) -> None:
         self._journal = journal
         self._objects = objects
@@ -76,7 +76,7 @@ class Archive:
                 )
                 return
             row = answers.checkpoint_row(operation, given, lora, size)
-            body = answers.json_body(answers.saved(operation, given))
+            body = answers.json_body(answers.saved(given))
             self._outbox.commit(operation, lambda c: answers.publish(c, operation, given, row), body=body)
 
         self._thread.submit(write)
@@ -114,7 +114,11 @@ class Archive:
                     self._objects.delete(before)
             except LeaseLost:
                 self._objects.delete(key)
-                self._on_lost(lease.run_id)
+                self._on_lost(lease.run_id, lease.epoch)
+            except Unfinished:
+                # A result was refused by the journal. The run stays recoverable from where it was.
+                log.error("%s: no snapshot, a result is missing", lease.run_id)
+                self._objects.delete(key)
             except Exception:
                 log.exception("a snapshot of %s could not be written; the last one stands", lease.run_id)
             finally:

@@ -1,16 +1,18 @@
 """The line between a worker and whoever started it: names of operations one way, of results the other.
 
 The embedded form's doorbell and wake-up: a socket pair, one line a message. Parent to worker: `ring ID`,
-`cancel ID`, `drain`. Worker to parent: `ready`, `done ID`.
+`drain`. Worker to parent: `ready`, `done ID`.
 """
 
 import socket
+import threading
 from collections.abc import Iterator
 
 
 class Channel:
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
+        self._sending = threading.Lock()
 
     def messages(self) -> Iterator[list[list[str]]]:
         """Batches of messages, each split into words; ends when the other side is gone."""
@@ -27,7 +29,9 @@ class Channel:
             return b""
 
     def send(self, *words: str) -> None:
+        line = (" ".join(words) + "\n").encode()
         try:
-            self._socket.sendall((" ".join(words) + "\n").encode())
+            with self._sending:  # from several threads; a line may take more than one write
+                self._socket.sendall(line)
         except OSError:
             return  # the other side is gone; `messages` ends and the process with it

@@ -6,6 +6,7 @@ payloads into arrays and reads checkpoint files, so that the engine's thread nev
 
 import functools
 import json
+import logging
 import queue
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import checkpoints
 from tinsmith_worker.contract import AdapterState, Failure, ModelFacts, SampleInput
+
+log = logging.getLogger("tinsmith.worker")
 
 Json = dict[str, Any]
 
@@ -64,14 +67,10 @@ class SampleArrived:
 
 @dataclass(frozen=True)
 class LeaseGone:
-    """A run's lease went to another worker: forget it."""
+    """The lease that this worker had under `epoch` went to another worker: forget the run."""
 
     run_id: str
-
-
-@dataclass(frozen=True)
-class Cancel:
-    request_id: str
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Drain:
     pass
 
 
-Event = Adopt | Arrived | SampleArrived | LeaseGone | Cancel | Drain
+Event = Adopt | Arrived | SampleArrived | LeaseGone | Drain
 
 
 @dataclass
@@ -125,7 +124,8 @@ class Intake:
         if lease.snapshot_key is not None:
             try:
                 snapshot = checkpoints.read(self.objects.get(lease.snapshot_key))
-            except (Damaged, InvalidInput) as error:
+            except Exception as error:
+                log.exception("the snapshot of %s cannot be read", run_id)
                 broken = f"the run's snapshot cannot be read ({error}); create a run from its last checkpoint"
         self.inbox.put(Adopt(lease, snapshot, [self._prepare(o) for o in behind], broken))
 
@@ -133,32 +133,38 @@ class Intake:
         self.known.pop(run_id, None)
 
     def _prepare(self, operation: Operation) -> Prepared:
-        if operation.state == ops.FAILED:
+        if operation.state == ops.FAILED or (
+            operation.state == ops.DONE and operation.kind not in ops.CHANGING
+        ):
             return Prepared(operation, None)
-        assert operation.payload is not None, f"{operation.kind} {operation.request_id} lost its payload"
         try:
-            if operation.kind == ops.FORWARD_BACKWARD:
-                message = datums.parse(operation.payload)
-                given = datums.read(
-                    message,
-                    vocab_size=self.facts.vocab_size,
-                    max_context_length=self.facts.max_context_length,
-                )
-                return Prepared(operation, given)
-            given_json: Json = json.loads(operation.payload)
-            reads = operation.kind in (ops.CREATE_MODEL, ops.LOAD_WEIGHTS) and given_json.get("object_prefix")
-            loaded = self.load(given_json["object_prefix"]) if reads else None
-            return Prepared(operation, given_json, loaded)
+            return self._unpack(operation)
         except InvalidInput as error:
             return Prepared(operation, None, failure=Failure(str(error)))
+        except Exception as error:  # whatever it is, it is this operation's and nobody else's
+            log.exception("%s %s cannot be prepared", operation.kind, operation.request_id)
+            return Prepared(operation, None, failure=Failure(f"cannot be executed: {error}", "server"))
+
+    def _unpack(self, operation: Operation) -> Prepared:
+        assert operation.payload is not None, "its payload is gone"
+        if operation.kind in (ops.FORWARD, ops.FORWARD_BACKWARD):
+            message = datums.parse(operation.payload)
+            limits = self.facts
+            given = datums.read(
+                message, vocab_size=limits.vocab_size, max_context_length=limits.max_context_length
+            )
+            return Prepared(operation, given)
+        call: Json = json.loads(operation.payload)
+        reads = operation.kind in (ops.CREATE_MODEL, ops.LOAD_WEIGHTS) and call.get("object_prefix")
+        return Prepared(operation, call, self.load(call["object_prefix"]) if reads else None)
 
     def _sample(self, operation: Operation) -> None:
         if operation.state != ops.QUEUED or operation.request_id in self.sampling:
             return
         self.sampling.add(operation.request_id)
-        assert operation.payload is not None
-        task = pb.SampleTask.FromString(operation.payload)
+        task = pb.SampleTask()
         try:
+            task.ParseFromString(operation.payload or b"")
             weights = None
             if task.object_prefix and task.object_prefix not in self.samplers:
                 weights = self.load(task.object_prefix)
@@ -166,6 +172,10 @@ class Intake:
             self.inbox.put(SampleArrived(operation, task, sample_input(operation.request_id, task), weights))
         except InvalidInput as error:
             self.inbox.put(SampleArrived(operation, task, None, None, Failure(str(error))))
+        except Exception as error:
+            log.exception("sample %s cannot be prepared", operation.request_id)
+            failure = Failure(f"cannot be sampled: {error}", "server")
+            self.inbox.put(SampleArrived(operation, task, None, None, failure))
 
     def load(self, object_prefix: str) -> AdapterState:
         """A checkpoint's adapter; InvalidInput if its files are not whole."""

@@ -33,7 +33,7 @@ class Outbox:
         epochs: Mapping[str, int],
         *,
         announce: Callable[[str], None],
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[str, int], None],
         on_broken: Callable[[], None],
     ) -> None:
         self._journal = journal
@@ -53,7 +53,27 @@ class Outbox:
     ) -> None:
         """The outcome of an executed operation; nothing for one that was replayed."""
         if operation.state == ops.QUEUED:
-            self._thread.submit(lambda: self.commit(operation, also, body=body()))
+            self._thread.submit(self._write_out, operation, body, also)
+
+    def _write_out(
+        self,
+        operation: Operation,
+        body: Callable[[], bytes],
+        also: Callable[[sa.Connection], object] | None,
+    ) -> None:
+        try:
+            self.commit(operation, also, body=body())
+        except Exception as error:
+            log.exception("the result of %s cannot be written out", operation.kind)
+            self._without_result(operation, error)
+
+    def _without_result(self, operation: Operation, error: BaseException) -> None:
+        """It was executed, but its result cannot be kept."""
+        failure = Failure(
+            f"executed, but its result could not be kept ({type(error).__name__}, see the service's log)",
+            "server",
+        )
+        self.commit(operation, error=_json(failure), has_effect=operation.kind in ops.CHANGING)
 
     def failure(self, operation: Operation, failure: Failure, *, has_effect: bool = False) -> None:
         """has_effect: the operation changed the run although it failed, so a replay must execute it."""
@@ -62,7 +82,7 @@ class Outbox:
                 lambda: self.commit(
                     operation,
                     lambda c: answers.free_name(c, operation),
-                    error={"error": failure.message, "category": failure.category},
+                    error=_json(failure),
                     has_effect=has_effect,
                 )
             )
@@ -78,7 +98,7 @@ class Outbox:
     ) -> None:
         """Result, state and whatever belongs to them, in one transaction; then wake who waits."""
         is_run = operation.kind != ops.SAMPLE
-        epoch = self._epochs.get(operation.subject, -1)
+        epoch = self._epochs.get(operation.subject, -1) if is_run else -1
 
         def statement(connection: sa.Connection) -> None:
             finished = ops.finish(
@@ -90,11 +110,14 @@ class Outbox:
                 body=body,
                 error=error,
                 has_effect=has_effect,
+                is_replayed=operation.kind in ops.CHANGING,
             )
             if finished and also is not None:
                 also(connection)
 
-        self._journal.write(statement).add_done_callback(lambda done: self._committed(operation, done))
+        self._journal.write(statement).add_done_callback(
+            lambda done: self._committed(operation, epoch, body is not None, done)
+        )
 
     def handed_over(self) -> "Future[None]":
         """Done when the journal's thread has everything that was given to this one before."""
@@ -108,14 +131,21 @@ class Outbox:
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _committed(self, operation: Operation, done: "Future[None]") -> None:
+    def _committed(self, operation: Operation, epoch: int, has_body: bool, done: "Future[None]") -> None:
         failure = done.exception()
         if failure is None:
             self._announce(operation.request_id)
         elif isinstance(failure, LeaseLost):
             log.warning("the lease of %s went to another worker", operation.subject)
-            self._on_lost(operation.subject)
+            self._on_lost(operation.subject, epoch)
+        elif has_body:
+            log.error("the result of %s could not be written: %s", operation.kind, failure)
+            self._without_result(operation, failure)
         else:
-            # Better to start anew than to go on without anybody hearing of it.
-            log.error("a result could not be written: %s", failure)
+            # Not even the failure: better to start anew than to go on without anybody hearing of it.
+            log.error("the journal takes no results: %s", failure)
             self._on_broken()
+
+
+def _json(failure: Failure) -> Json:
+    return {"error": failure.message, "category": failure.category}

@@ -18,6 +18,7 @@ from tinsmith_api.journal import leases
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import ObjectStore
+from tinsmith_api.journal.operations import LeaseLost
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers
 from tinsmith_worker.archive import Archive, RecoveryPoint
@@ -26,7 +27,6 @@ from tinsmith_worker.contract import AdamParams, Engine, Failure, LoraSpec, Samp
 from tinsmith_worker.intake import (
     Adopt,
     Arrived,
-    Cancel,
     Drain,
     Event,
     Intake,
@@ -39,6 +39,8 @@ from tinsmith_worker.sampling import Sampling
 from tinsmith_worker.schedule import FORWARD, FORWARD_BACKWARD, OTHER, Item, Schedule
 
 log = logging.getLogger("tinsmith.worker")
+
+_GROUPS = {ops.FORWARD: FORWARD, ops.FORWARD_BACKWARD: FORWARD_BACKWARD}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class Held:
     point: RecoveryPoint
     done_seq: int
     prepared: dict[int, Prepared] = field(default_factory=dict)
-    given_up: set[int] = field(default_factory=set)
 
 
 class Worker:
@@ -94,7 +95,7 @@ class Worker:
             worker_id,
             self.intake.known,
             announce=lambda request_id: channel.send("done", request_id),
-            on_lost=lambda run_id: self.inbox.put(LeaseGone(run_id)),
+            on_lost=lambda run_id, epoch: self.inbox.put(LeaseGone(run_id, epoch)),
             on_broken=lambda: self.inbox.put(Drain()),
         )
         self.archive = Archive(
@@ -103,16 +104,14 @@ class Worker:
             self.outbox,
             base_model=base_model,
             seconds=settings.snapshot_seconds,
-            on_lost=lambda run_id: self.inbox.put(LeaseGone(run_id)),
+            on_lost=lambda run_id, epoch: self.inbox.put(LeaseGone(run_id, epoch)),
         )
         self.sampling = Sampling(sampler, self.intake, self.outbox, samplers_held=settings.samplers_held)
 
     def run(self) -> None:
         """Serve until told to drain or until whoever started this process is gone."""
         facts = vars(self.engine.facts)
-        self.journal.write(
-            lambda c: leases.register_worker(c, self.worker_id, self.base_model, facts)
-        ).result()
+        self.journal.write(lambda c: leases.describe_worker(c, self.worker_id, facts)).result()
         threading.Thread(target=self._listen, name="intake", daemon=True).start()
         while not self.draining:
             self._receive(wait=not self.sampling.busy)
@@ -128,17 +127,18 @@ class Worker:
     # -- the way in ----------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        self.intake.start()
-        self.channel.send("ready")
-        for messages in self.channel.messages():
-            if ringing := [m[1] for m in messages if m[0] == "ring"]:
-                self.intake.ring(ringing)
-            for message in messages:
-                if message[0] == "cancel":
-                    self.inbox.put(Cancel(message[1]))
-                elif message[0] == "drain":
+        try:
+            self.intake.start()
+            self.channel.send("ready")
+            for messages in self.channel.messages():
+                if ringing := [m[1] for m in messages if m[0] == "ring"]:
+                    self.intake.ring(ringing)
+                if ["drain"] in messages:
                     self.inbox.put(Drain())
-        log.info("the control plane is gone; draining")
+            log.info("the control plane is gone; draining")
+        except Exception:
+            # Deaf is worse than dead: another worker takes over.
+            log.exception("the journal cannot be read; draining")
         self.inbox.put(Drain())
 
     def _receive(self, *, wait: bool) -> None:
@@ -159,42 +159,47 @@ class Worker:
                 if prepared.operation.subject in self.held:
                     self._enqueue(prepared)
                 elif prepared.operation.subject in self.intake.known:
-                    self.inbox.put(event)  # its run is being adopted again; behind that, then
+                    self.inbox.put(event)  # its run is being adopted; behind that, then
+                else:
+                    self.intake.adopt(prepared.operation.subject)
             case Adopt():
                 self._adopt(event)
             case SampleArrived():
                 self.sampling.begin(event)
-            case LeaseGone(run_id):
-                self._drop(run_id)
-            case Cancel(request_id):
-                self.sampling.cancel(request_id)
+            case LeaseGone(run_id, epoch):
+                if self.intake.known.get(run_id) == epoch:
+                    self._drop(run_id)
             case Drain():
                 self.draining = True
 
     def _adopt(self, event: Adopt) -> None:
-        lease = event.lease
+        lease, broken = event.lease, event.broken
         self.engine.drop(lease.run_id)
         if event.snapshot is not None:
-            self.engine.restore(lease.run_id, event.snapshot)
+            try:
+                self.engine.restore(lease.run_id, event.snapshot)
+            except Exception as error:  # another base model under the name, no memory
+                log.exception("%s cannot be restored", lease.run_id)
+                broken = f"the run cannot be restored: {error}"
         point = RecoveryPoint(lease.snapshot_seq, taken_at=time.monotonic())
         self.held[lease.run_id] = Held(lease, point, done_seq=lease.snapshot_seq)
         self.schedule.open_run(lease.run_id, lease.tenant_id, lease.snapshot_seq + 1)
         for prepared in event.operations:
-            if event.broken and prepared.operation.state == ops.QUEUED:
-                self.outbox.failure(prepared.operation, Failure(event.broken, "server"))
-            else:
+            if not broken:
                 self._enqueue(prepared)
+                continue
+            self.outbox.failure(prepared.operation, Failure(broken, "server"))
+            self.schedule.consume(lease.run_id, prepared.operation.seq_id, time.monotonic())
 
     def _enqueue(self, prepared: Prepared) -> None:
         operation = prepared.operation
-        held = self.held[operation.subject]
         now = time.monotonic()
-        if operation.state == ops.FAILED or (operation.state == ops.DONE and not _changes_state(prepared)):
+        if operation.state == ops.FAILED or (
+            operation.state == ops.DONE and operation.kind not in ops.CHANGING
+        ):
             self.schedule.consume(operation.subject, operation.seq_id, now)
             return
-        group = OTHER
-        if operation.kind == ops.FORWARD_BACKWARD and prepared.failure is None:
-            group = FORWARD if prepared.given.forward_only else FORWARD_BACKWARD
+        group = OTHER if prepared.failure else _GROUPS.get(operation.kind, OTHER)
         item = Item(
             operation.request_id,
             operation.subject,
@@ -204,18 +209,15 @@ class Worker:
             alone=operation.request_id in self.alone,
         )
         if self.schedule.add(item, now):
-            held.prepared[operation.seq_id] = prepared
-        elif operation.seq_id in held.given_up:
-            self.outbox.failure(operation, Failure("this call arrived after it had been given up as missing"))
+            self.held[operation.subject].prepared[operation.seq_id] = prepared
 
     # -- executing -----------------------------------------------------------------------------------
 
     def _execute(self, batch: list[Item]) -> None:
         work = [(item, self.held[item.run_id].prepared.pop(item.seq_id)) for item in batch]
         if batch[0].group == OTHER:
-            for item, prepared in work:
-                if item.run_id in self.held:  # an earlier one of this batch may have lost it
-                    self._call(prepared)
+            for _, prepared in work:
+                self._call(prepared)
         else:
             self._pass([prepared for _, prepared in work])
 
@@ -229,8 +231,9 @@ class Worker:
             self._recover(work, error)
             return
         for prepared, output in zip(work, outputs, strict=True):
-            self.alone.discard(prepared.operation.request_id)
             self._done(prepared, functools.partial(datums.write_output, prepared.given, output))
+        for run_id in {prepared.operation.subject for prepared in work}:
+            self._snapshot_if_due(run_id)
 
     def _without_orphans(self, work: list[Prepared]) -> list[Prepared]:
         """Fail the operations of runs whose creation failed."""
@@ -239,7 +242,10 @@ class Worker:
             if self.engine.holds(prepared.operation.subject):
                 alive.append(prepared)
             else:
-                self._failed(prepared, Failure("this run was never created: its create_model failed"))
+                self._failed(
+                    prepared,
+                    Failure("this run was not created, or could not be restored: see its earlier calls"),
+                )
         return alive
 
     def _recover(self, work: list[Prepared], error: Exception) -> None:
@@ -252,15 +258,18 @@ class Worker:
                 self._give_up_run(work[0].operation.subject, error)
                 return
         self.alone.update(prepared.operation.request_id for prepared in work)
+        # Nothing of these runs may be on its way any more when they are read back.
+        self.archive.flush()
         self.outbox.flush()
         for run_id in {prepared.operation.subject for prepared in work}:
             self.schedule.close_run(run_id)
             self.held.pop(run_id)
+            self.intake.forget(run_id)
             self.intake.adopt(run_id)
 
-    def _give_up_run(self, run_id: str, error: Exception) -> None:
+    def _give_up_run(self, run_id: str, why: object) -> None:
         """What was computed once could not be computed again: the run is not what its results say it is."""
-        failure = Failure(f"the run could not be brought back after a fault: {error}", "server")
+        failure = Failure(f"the run could not be brought back: {why}", "server")
         for prepared in self.held[run_id].prepared.values():
             if prepared.operation.state == ops.QUEUED:
                 self.outbox.failure(prepared.operation, failure)
@@ -271,7 +280,10 @@ class Worker:
         """An operation that takes no pass."""
         kind = prepared.operation.kind
         if prepared.failure is not None:
-            self._failed(prepared, prepared.failure)
+            if prepared.operation.state == ops.DONE:
+                self._give_up_run(prepared.operation.subject, prepared.failure.message)
+            else:
+                self._failed(prepared, prepared.failure)
             return
         if kind != ops.CREATE_MODEL and not self._without_orphans([prepared]):
             return
@@ -297,7 +309,11 @@ class Worker:
         self.engine.create(operation.subject, LoraSpec(**self.held[operation.subject].lease.lora))
         body = {"model_id": operation.subject}
         if prepared.loaded is not None:
-            self.engine.load(operation.subject, prepared.loaded, optimizer=prepared.given["optimizer"])
+            try:
+                self.engine.load(operation.subject, prepared.loaded, optimizer=prepared.given["optimizer"])
+            except InvalidInput:
+                self.engine.drop(operation.subject)  # not created, rather than created without its weights
+                raise
             body["path"] = prepared.given["path"]
         self._done(prepared, lambda: answers.json_body(body))
         if prepared.loaded is not None:
@@ -307,11 +323,10 @@ class Worker:
         run_id = prepared.operation.subject
         metrics = self.engine.optim_step(run_id, AdamParams(**prepared.given["adam_params"]))
         if isinstance(metrics, Failure):
-            self._failed(prepared, metrics, has_effect=True)  # it cleared the gradient
+            self._failed(prepared, metrics, has_effect=True)  # such as a cleared gradient
             return
         self._done(prepared, lambda: answers.optim_step(metrics))
-        if self.archive.is_due(self.held[run_id].point):
-            self._snapshot(run_id)
+        self._snapshot_if_due(run_id)
 
     def _load(self, prepared: Prepared) -> None:
         assert prepared.loaded is not None
@@ -328,12 +343,20 @@ class Worker:
         self.archive.save(operation, prepared.given, held.lease.lora, self.engine.state(operation.subject))
 
     def _done(self, prepared: Prepared, body: Callable[[], bytes]) -> None:
-        self.held[prepared.operation.subject].done_seq = prepared.operation.seq_id
+        self._leave_behind(prepared)
         self.outbox.result(prepared.operation, body)
 
     def _failed(self, prepared: Prepared, failure: Failure, *, has_effect: bool = False) -> None:
-        self.held[prepared.operation.subject].done_seq = prepared.operation.seq_id
+        self._leave_behind(prepared)
         self.outbox.failure(prepared.operation, failure, has_effect=has_effect)
+
+    def _leave_behind(self, prepared: Prepared) -> None:
+        self.held[prepared.operation.subject].done_seq = prepared.operation.seq_id
+        self.alone.discard(prepared.operation.request_id)
+
+    def _snapshot_if_due(self, run_id: str) -> None:
+        if self.archive.is_due(self.held[run_id].point):
+            self._snapshot(run_id)
 
     def _snapshot(self, run_id: str) -> None:
         held = self.held[run_id]
@@ -348,15 +371,25 @@ class Worker:
     def _fail_overdue(self) -> None:
         for run_id, missing, behind in self.schedule.overdue(time.monotonic()):
             held = self.held[run_id]
-            held.given_up.update(missing)
-            tenant_id = held.lease.tenant_id
             give_up = functools.partial(
-                ops.give_up, run_id=run_id, seq_ids=missing, tenant_id=tenant_id, base_model=self.base_model
+                ops.give_up,
+                run_id=run_id,
+                seq_ids=missing,
+                tenant_id=held.lease.tenant_id,
+                base_model=self.base_model,
+                worker_id=self.worker_id,
+                epoch=held.lease.epoch,
             )
-            self.journal.write(give_up).result()
-            names = ", ".join(map(str, missing))
+            try:
+                late = self.journal.write(give_up).result()
+            except LeaseLost:
+                self._drop(run_id)
+                continue
+            for request_id in late:
+                self.channel.send("done", request_id)
+            span = str(missing[0]) if len(missing) == 1 else f"{missing[0]} to {missing[-1]}"
             failure = Failure(
-                f"not executed: call {names} of this run, which comes before it, did not arrive within "
+                f"not executed: of the calls of this run before it, {span} did not all arrive within "
                 f"{self.settings.gap_seconds:g} s"
             )
             for seq_id in behind:
@@ -372,11 +405,3 @@ class Worker:
         self.outbox.close()
         self.journal.write(lambda c: leases.stop_worker(c, self.worker_id)).result()
         self.journal.close()
-
-
-def _changes_state(prepared: Prepared) -> bool:
-    """Whether replaying a run needs this operation."""
-    kind = prepared.operation.kind
-    if kind == ops.FORWARD_BACKWARD:
-        return prepared.failure is not None or not prepared.given.forward_only
-    return kind not in (ops.SAVE_WEIGHTS, ops.SAVE_WEIGHTS_FOR_SAMPLER)

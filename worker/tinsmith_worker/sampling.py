@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 
 from tinsmith.errors import InvalidInput
 from tinsmith_worker import answers
@@ -29,21 +30,19 @@ class Sampling:
 
     def begin(self, event: SampleArrived) -> None:
         request_id, prefix = event.operation.request_id, event.task.object_prefix
-        self._under_way[request_id] = event
+        self._under_way[request_id] = replace(event, weights=None)
         if event.failure is not None or event.given is None:
             self._fail(request_id, event.failure or Failure("the request could not be read", "server"))
             return
         try:
             if prefix:
                 self._hold(prefix, event.weights)
+            self._sampler.add(event.given)
         except InvalidInput as error:
             self._fail(request_id, Failure(str(error)))
-            return
-        self._sampler.add(event.given)
-
-    def cancel(self, request_id: str) -> None:
-        self._sampler.cancel(request_id)
-        self._fail(request_id, Failure("the request was cancelled"))
+        except Exception as error:  # no memory for the weights, say: this request's fault alone
+            log.exception("sampling %s cannot begin", request_id)
+            self._fail(request_id, Failure(f"sampling cannot begin: {error}", "server"))
 
     def decode(self, *, until: float) -> None:
         """Sample until that time (time.monotonic), at least one step, or until nothing is under way."""
@@ -91,6 +90,6 @@ class Sampling:
             self._outbox.failure(event.operation, failure)
 
     def _take(self, request_id: str) -> SampleArrived | None:
-        """None if it was cancelled."""
+        """None if it was answered already."""
         self._intake.sampling.discard(request_id)
         return self._under_way.pop(request_id, None)

@@ -63,9 +63,6 @@ class Schedule:
     def close_run(self, run_id: str) -> None:
         self._runs.pop(run_id, None)
 
-    def has_run(self, run_id: str) -> bool:
-        return run_id in self._runs
-
     def add(self, item: Item, now: float) -> bool:
         """False if this number was executed or given up already."""
         run = self._runs[item.run_id]

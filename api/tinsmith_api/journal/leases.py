@@ -29,12 +29,19 @@ class Lease:
 
 
 def register_worker(connection: sa.Connection, worker_id: str, base_model: str, facts: Json) -> None:
+    """Enter a worker before it is started. One that was stopped since can take nothing any more, even if
+    its process has not noticed."""
     now = time.time()
     connection.execute(
         sa.insert(workers).values(
             id=worker_id, base_model=base_model, facts=facts, started_at=now, heartbeat_at=now
         )
     )
+
+
+def describe_worker(connection: sa.Connection, worker_id: str, facts: Json) -> None:
+    """What the worker found out about its base model, once it is loaded."""
+    connection.execute(sa.update(workers).where(workers.c.id == worker_id).values(facts=facts))
 
 
 def stop_worker(connection: sa.Connection, worker_id: str) -> None:
@@ -53,39 +60,32 @@ def stop_all_workers(connection: sa.Connection) -> None:
 
 
 def facts_of(connection: sa.Connection, base_model: str) -> Json | None:
-    """What the newest worker of this base model said of it."""
+    """What the newest worker of this base model that loaded it said of it."""
     statement = (
         sa.select(workers.c.facts)
         .where(workers.c.base_model == base_model)
         .order_by(workers.c.started_at.desc())
-        .limit(1)
     )
-    return connection.execute(statement).scalar_one_or_none()
-
-
-def live_worker(connection: sa.Connection, base_model: str) -> str | None:
-    statement = (
-        sa.select(workers.c.id)
-        .where(workers.c.base_model == base_model, workers.c.stopped_at.is_(None))
-        .order_by(workers.c.started_at.desc())
-        .limit(1)
-    )
-    return connection.execute(statement).scalar_one_or_none()
+    return next((facts for facts in connection.execute(statement).scalars() if facts), None)
 
 
 def take(connection: sa.Connection, run_id: str, worker_id: str) -> Lease | None:
-    """The run's lease if this worker holds it or its holder is gone; None if another live worker has it."""
+    """The run's lease if this worker holds it or its holder is gone; None if another live worker has it, or
+    if this one was given up for dead itself."""
     live = sa.select(workers.c.id).where(workers.c.stopped_at.is_(None))
     connection.execute(
         sa.update(runs)
         .where(
             runs.c.id == run_id,
+            sa.literal(worker_id).in_(live),
             sa.or_(runs.c.worker_id.is_(None), runs.c.worker_id.not_in(live)),
         )
         .values(worker_id=worker_id, epoch=runs.c.epoch + 1)
     )
     row = connection.execute(
-        sa.select(runs).where(runs.c.id == run_id, runs.c.worker_id == worker_id)
+        sa.select(runs).where(
+            runs.c.id == run_id, runs.c.worker_id == worker_id, sa.literal(worker_id).in_(live)
+        )
     ).one_or_none()
     if row is None:
         return None

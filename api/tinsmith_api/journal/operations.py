@@ -20,12 +20,16 @@ Json = dict[str, Any]
 QUEUED, DONE, FAILED = "queued", "done", "failed"
 
 CREATE_MODEL = "create_model"
+FORWARD = "forward"
 FORWARD_BACKWARD = "forward_backward"
 OPTIM_STEP = "optim_step"
 SAVE_WEIGHTS = "save_weights"
 SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
 LOAD_WEIGHTS = "load_weights"
 SAMPLE = "sample"
+
+# What an adapter is the result of; a replay executes these and steps over the others.
+CHANGING = frozenset({CREATE_MODEL, FORWARD_BACKWARD, OPTIM_STEP, LOAD_WEIGHTS})
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Outcome:
     error: Json | None
 
 
+class Unfinished(Exception):  # noqa: N818 - the name says what is wrong
+    """A snapshot would cover an operation that has no result yet."""
+
+
 class LeaseLost(Exception):  # noqa: N818 - the name says what happened
     """Another worker holds this run now; nothing was written."""
 
@@ -82,6 +90,15 @@ _LEASE = sa.select(runs.c.id).where(
     runs.c.id == sa.bindparam("of_run"),
     runs.c.worker_id == sa.bindparam("of_worker"),
     runs.c.epoch == sa.bindparam("of_epoch"),
+)
+_QUEUED_BEHIND = (
+    sa.select(sa.func.count())
+    .select_from(operations)
+    .where(
+        operations.c.subject == sa.bindparam("of_run"),
+        operations.c.seq_id <= sa.bindparam("up_to"),
+        operations.c.state == QUEUED,
+    )
 )
 _FINISH = (
     sa.update(operations)
@@ -127,13 +144,6 @@ def refuse(connection: sa.Connection, operation: Operation, error: Json) -> Oper
     return replace(operation, state=FAILED, error=error)
 
 
-def find(connection: sa.Connection, subject: str, seq_id: int) -> Operation | None:
-    """The operation with this number, without its payload."""
-    where = (operations.c.subject == subject, operations.c.seq_id == seq_id)
-    row = connection.execute(sa.select(operations).where(*where)).one_or_none()
-    return None if row is None else _operation(row)
-
-
 def outcome(connection: sa.Connection, request_id: str, tenant_id: str) -> Outcome | None:
     """The state of one of this tenant's futures; None if there is none."""
     row = connection.execute(_OUTCOME, {"of_request": request_id, "of_tenant": tenant_id}).one_or_none()
@@ -173,10 +183,12 @@ def finish(
     body: bytes | None = None,
     error: Json | None = None,
     has_effect: bool = False,
+    is_replayed: bool = True,
 ) -> bool:
     """Record the outcome of a queued operation. False if it had one already (the first stands).
 
     has_effect: it failed, but a replay must execute it all the same (its state is DONE, with an error).
+    is_replayed: whether a replay executes it if it is DONE; if not, its payload is of no more use.
     For an operation of a run (`run_id`), LeaseLost unless this worker holds it under this epoch.
     """
     if run_id is not None:
@@ -187,20 +199,37 @@ def finish(
     if not updated.rowcount:
         return False
     if body is not None:
-        connection.execute(_ADD_RESULT, {"request_id": request_id, "body": body})
-    if run_id is None or state == FAILED:
-        # Nothing replays a sample, nor an operation that failed.
+        row = {"request_id": request_id, "body": body, "finished_at": outcome["new_finished_at"]}
+        connection.execute(_ADD_RESULT, row)
+    if state == FAILED or not is_replayed:
         connection.execute(_DROP_PAYLOAD, {"of_request": request_id})
     return True
 
 
 def give_up(
-    connection: sa.Connection, run_id: str, seq_ids: Sequence[int], *, tenant_id: str, base_model: str
-) -> None:
-    """Enter numbers that never came as failed, so that nothing waits for them again."""
+    connection: sa.Connection,
+    run_id: str,
+    seq_ids: Sequence[int],
+    *,
+    tenant_id: str,
+    base_model: str,
+    worker_id: str,
+    epoch: int,
+) -> list[str]:
+    """Enter numbers that did not come in time as failed, so that nothing waits for them again.
+
+    Returns the request ids of those that came in the last moment, failed now too. LeaseLost as in `finish`.
+    """
+    check_lease(connection, run_id, worker_id, epoch)
     error = {"error": "this call did not arrive in time and was given up", "category": "user"}
+    late = []
     for seq_id in seq_ids:
-        submit(connection, Operation(run_id, seq_id, "missing", tenant_id, base_model, error=error))
+        missing = Operation(run_id, seq_id, "missing", tenant_id, base_model, error=error)
+        entered, is_new = submit(connection, missing)
+        if not is_new and entered.state == QUEUED:
+            refuse(connection, entered, error)
+            late.append(entered.request_id)
+    return late
 
 
 def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> None:
@@ -215,10 +244,18 @@ def record_snapshot(
 ) -> str | None:
     """Make `key` the run's snapshot, covering operations up to `seq_id`; their payloads are purged.
 
-    Returns the key of the snapshot it replaces. LeaseLost as in `finish`.
+    Returns the key of the snapshot it replaces. LeaseLost as in `finish`; Unfinished if one of those
+    operations has no result: it would never be executed again.
     """
     check_lease(connection, run_id, worker_id, epoch)
-    before = connection.execute(sa.select(runs.c.snapshot_key).where(runs.c.id == run_id)).scalar_one()
+    if connection.execute(_QUEUED_BEHIND, {"of_run": run_id, "up_to": seq_id}).scalar_one():
+        raise Unfinished(run_id)
+    before = connection.execute(
+        sa.select(runs.c.snapshot_seq, runs.c.snapshot_key).where(runs.c.id == run_id)
+    ).one()
+    assert before.snapshot_seq < seq_id, (
+        f"{run_id}: a snapshot of {seq_id} behind one of {before.snapshot_seq}"
+    )
     connection.execute(
         sa.update(runs).where(runs.c.id == run_id).values(snapshot_seq=seq_id, snapshot_key=key)
     )
@@ -226,12 +263,20 @@ def record_snapshot(
         operations.c.subject == run_id, operations.c.seq_id <= seq_id
     )
     connection.execute(sa.delete(payloads).where(payloads.c.request_id.in_(covered)))
-    return before  # type: ignore[no-any-return]
+    return before.snapshot_key  # type: ignore[no-any-return]
 
 
-def purge_results(connection: sa.Connection, *, finished_before: float) -> int:
-    """Delete the bodies of results nobody will fetch any more; their operations stay."""
-    old = sa.select(operations.c.request_id).where(operations.c.finished_at < finished_before)
+def purge_results(connection: sa.Connection, *, finished_before: float, at_most: int) -> int:
+    """Delete the bodies of results nobody will fetch any more, oldest first; their operations stay.
+
+    Returns how many it deleted: after `at_most` there may be more.
+    """
+    old = (
+        sa.select(results.c.request_id)
+        .where(results.c.finished_at < finished_before)
+        .order_by(results.c.finished_at)
+        .limit(at_most)
+    )
     return connection.execute(sa.delete(results).where(results.c.request_id.in_(old))).rowcount
 
 

@@ -86,7 +86,7 @@ def _keys(given: argparse.Namespace) -> None:
     from tinsmith_api.journal.store import Store
 
     folder = given.data_dir.expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     journal = Store(f"sqlite:///{folder / 'journal.db'}")
     if given.verb == "create":
         print(journal.write(lambda c: identities.create_key(c, given.tenant)).result())

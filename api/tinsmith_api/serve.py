@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from tinsmith_api.settings import Settings
 
 
 def serve(settings: Settings) -> None:
-    """Run until interrupted. Exits with a sentence if the port or the data directory is taken."""
+    """Run until interrupted. Exits with a sentence if the port or the data directory is taken, or if a base
+    model cannot be loaded."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    settings.folder.mkdir(parents=True, exist_ok=True)
+    settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     guard = _own(settings.folder)
     listener = _listen(settings.host, settings.port)
-    service = Service(settings)
+    service = Service(settings, on_failure=lambda: setattr(server, "should_exit", True))
     key = local_key(settings.folder)
     service.journal.write(lambda c: identities.create_key(c, "local", key=key)).result()
     host, port = listener.getsockname()[:2]
@@ -35,8 +37,11 @@ def serve(settings: Settings) -> None:
     config = uvicorn.Config(
         make_app(service), access_log=False, log_level="warning", timeout_graceful_shutdown=5
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
     guard.close()
+    if service.failure:
+        sys.exit(f"tinsmith: {service.failure}")
 
 
 def local_key(folder: Path) -> str:
@@ -48,13 +53,17 @@ def local_key(folder: Path) -> str:
             )
         return given
     file = folder / "key"
-    if file.exists():
-        return file.read_text().strip()
+    if file.exists() and (key := file.read_text().strip()):
+        return key
     from secrets import token_urlsafe
 
     key = identities.KEY_PREFIX + token_urlsafe(32)
-    with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
+    descriptor, written = tempfile.mkstemp(prefix=".key-", dir=folder)  # readable by its owner only
+    with open(descriptor, "w") as out:
         out.write(key + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(written, file)
     return key
 
 

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import functools
+import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -22,11 +23,15 @@ from tinsmith_api.journal.store import Result, Statement, Store
 from tinsmith_api.journal.tables import sampled_sequences
 from tinsmith_api.settings import Settings
 
+log = logging.getLogger("tinsmith")
+
 Value = TypeVar("Value")
 Json = dict[str, Any]
 
 _DAY_SECONDS = 86400.0
 _HOUSEKEEPING_SECONDS = 60.0
+# What is deleted in one transaction: everybody else's writes wait for it.
+_PIECE = 500
 
 
 class Memory(Generic[Value]):
@@ -104,14 +109,22 @@ class Facts:
 
 
 class Service:
-    def __init__(self, settings: Settings) -> None:
+    """`on_failure` is called when the service cannot go on; `failure` says why in a sentence."""
+
+    def __init__(self, settings: Settings, *, on_failure: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        self.failure = ""
+        self._on_failure = on_failure
+        settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.journal = Store(f"sqlite:///{settings.folder / 'journal.db'}")
         self.objects: ObjectStore = open_store(str(settings.folder / "objects"))
         self.wakeups = Wakeups()
         self.workers = Workers(
-            settings, self.journal, on_done=self.wakeups.wake, on_ready=self.wakeups.wake_all
+            settings,
+            self.journal,
+            on_done=self.wakeups.wake,
+            on_ready=self.wakeups.wake_all,
+            on_failure=self._fail,
         )
         self.key_owners: Memory[str] = Memory(seconds=10)
         self.owned: Memory[Any] = Memory(seconds=10)
@@ -128,11 +141,19 @@ class Service:
         await self.workers.stop()
         self.journal.close()
 
+    def _fail(self, sentence: str) -> None:
+        self.failure = sentence
+        self._on_failure()
+
     async def write(self, statement: Statement[Result]) -> Result:
         return await asyncio.wrap_future(self.journal.write(statement))
 
     async def read(self, statement: Statement[Result]) -> Result:
         return await asyncio.wrap_future(self.journal.read(statement))
+
+    async def read_apart(self, statement: Statement[Result]) -> Result:
+        """As `read`, for what finds more than a few rows: nobody else waits meanwhile."""
+        return await asyncio.wrap_future(self.journal.read_apart(statement))
 
     async def submit(
         self, operation: Operation, also: Statement[Json | None] = lambda _: None
@@ -140,7 +161,9 @@ class Service:
         """Journal one operation, ring for its worker; what the client is told.
 
         `also` runs in the same transaction if the operation is new; an error that it returns refuses it.
+        InvalidInput, and nothing journaled, if its base model is not served (any more).
         """
+        self.check_model(operation.base_model)
         operation = replace(operation, request_id=operation.request_id or uuid.uuid4().hex)
         # Before it can be finished, let alone announced.
         self.wakeups.promise(operation.request_id, operation.tenant_id)
@@ -183,16 +206,32 @@ class Service:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
-            await self.keep_house()
+            try:
+                await self.keep_house()
+            except Exception:
+                log.exception("housekeeping failed; it is tried again in a minute")
 
     async def keep_house(self) -> None:
         """Expire checkpoints, delete what nothing refers to, forget results nobody fetched for a day."""
-        await self.write(checkpoints.expire)
-        for prefix in await self.read(checkpoints.due_garbage):
+        await self._repeat(functools.partial(checkpoints.expire, at_most=_PIECE))
+        unnamed = functools.partial(checkpoints.unnamed_left, at_most=_PIECE)
+        while paths := await self.read_apart(unnamed):
+            await self.write(functools.partial(checkpoints.delete_all, paths=paths))
+        for prefix in await self.read_apart(checkpoints.due_garbage):
             await asyncio.to_thread(self.objects.delete, prefix)
             await self.write(functools.partial(checkpoints.forget_garbage, object_prefix=prefix))
         day_ago = time.time() - _DAY_SECONDS
-        await self.write(lambda c: ops.purge_results(c, finished_before=day_ago))
-        await self.write(
-            lambda c: c.execute(sampled_sequences.delete().where(sampled_sequences.c.created_at < day_ago))
-        )
+        await self._repeat(functools.partial(ops.purge_results, finished_before=day_ago, at_most=_PIECE))
+        await self._repeat(functools.partial(_purge_sampled, created_before=day_ago))
+
+    async def _repeat(self, purge: Statement[int]) -> None:
+        """One piece after the other until nothing is left."""
+        while await self.write(purge):
+            pass
+
+
+def _purge_sampled(connection: sa.Connection, created_before: float) -> int:
+    old = (
+        sa.select(sampled_sequences.c.id).where(sampled_sequences.c.created_at < created_before).limit(_PIECE)
+    )
+    return connection.execute(sa.delete(sampled_sequences).where(sampled_sequences.c.id.in_(old))).rowcount

@@ -1,7 +1,12 @@
 """The journal on a real SQLite file: group commit, idempotent submission, leases, snapshots, names."""
 
+import asyncio
+import json
+import os
 import sqlite3
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +18,7 @@ from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.objects import Damaged, DirectoryStore
 from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.store import Store
-from tinsmith_api.journal.tables import metadata, payloads, runs, tenants, workers
+from tinsmith_api.journal.tables import metadata, payloads, results, runs, sessions, tenants, workers
 
 
 @pytest.fixture
@@ -93,6 +98,35 @@ def test_two_processes_worth_of_writers_do_not_lose_or_block_each_other(store: S
         list(pool.map(add, range(200)))
     second.close()
     assert store.read(lambda c: len(c.execute(sa.select(tenants.c.id)).all())).result() == 200
+
+
+def test_who_stops_waiting_for_a_write_stops_nobody_else(store: Store) -> None:
+    """The write happens all the same, and so do those behind it."""
+    go_on = threading.Event()
+
+    def add(name: str) -> asyncio.Future[int]:
+        def statement(c: sa.Connection) -> int:
+            go_on.wait()
+            return c.execute(tenants.insert().values(id=name, name=name, created_at=0)).rowcount
+
+        return asyncio.wrap_future(store.write(statement))
+
+    async def give_up_one() -> None:
+        given_up, behind = add("a"), add("b")
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        go_on.set()
+        assert await asyncio.wait_for(behind, 10) == 1
+        assert await asyncio.wait_for(add("c"), 10) == 1
+
+    asyncio.run(give_up_one())
+    found = store.read(lambda c: set(c.execute(sa.select(tenants.c.id)).scalars())).result()
+    assert found == {"a", "b", "c"}
+
+
+def test_a_read_apart_leaves_its_caller_free(store: Store) -> None:
+    assert store.read_apart(lambda _: threading.get_ident()).result() != threading.get_ident()
+    assert store.read_apart(lambda c: c.execute(sa.select(tenants.c.id)).all()).result() == []
 
 
 def test_the_migrations_make_the_tables_the_code_names(store: Store) -> None:
@@ -198,10 +232,77 @@ def test_an_expired_checkpoint_is_gone(store: Store, run: str) -> None:
     row = {**_reservation(store, "1"), "expires_at": 1.0}
     store.write(lambda c: checkpoints.publish(c, "1", row)).result()
     assert store.read(lambda c: checkpoints.find(c, str(row["path"]), str(row["tenant_id"]))).result() is None
-    store.write(checkpoints.expire).result()
+    assert store.write(lambda c: checkpoints.expire(c, at_most=10)).result() == 1
     assert (
         store.read(lambda c: c.exec_driver_sql("select count(*) from checkpoints").scalar_one()).result() == 0
     )
+
+
+def _finish_session(store: Store, seconds_ago: float) -> None:
+    now = time.time()
+    store.write(lambda c: c.execute(sessions.update().values(finished_at=now - seconds_ago))).result()
+
+
+def test_a_frozen_sampler_keeps_its_weights_until_its_session_is_over(store: Store, run: str) -> None:
+    row = {**_reservation(store, "1"), "kind": "sampler_weights"}
+    sampler = {"id": "s", "tenant_id": row["tenant_id"], "base_model": "m", "model_path": row["path"]}
+    session_id = store.read(lambda c: c.execute(sa.select(sessions.c.id)).scalar_one()).result()
+    sampler |= {"session_id": session_id, "object_prefix": row["object_prefix"]}
+    store.write(lambda c: checkpoints.publish(c, "1", row)).result()
+    store.write(lambda c: checkpoints.open_sampler(c, sampler)).result()
+    store.write(lambda c: checkpoints.delete(c, str(row["path"]))).result()
+    store.write(lambda c: checkpoints.discard_objects(c, "p/of-no-sampler")).result()
+    store.write(lambda c: c.exec_driver_sql("update garbage set delete_after = 1")).result()
+    assert store.read(checkpoints.due_garbage).result() == ["p/of-no-sampler"]
+    _finish_session(store, seconds_ago=10)
+    assert store.read(checkpoints.due_garbage).result() == ["p/of-no-sampler"]
+    _finish_session(store, seconds_ago=2 * checkpoints.GARBAGE_SECONDS)
+    assert sorted(store.read(checkpoints.due_garbage).result()) == ["p/1", "p/of-no-sampler"]
+
+
+def test_unnamed_checkpoints_outlive_their_session_by_an_hour_and_named_ones_for_ever(
+    store: Store, run: str
+) -> None:
+    named = _reservation(store, "1")
+    unnamed = {**_reservation(store, "2"), "listed": False, "path": "tinker://r/sampler_weights/u"}
+    for row in (named, unnamed):
+        store.write(lambda c, row=row: checkpoints.publish(c, str(row["request_id"]), row)).result()
+
+    def left() -> list[str]:
+        return store.read(lambda c: checkpoints.unnamed_left(c, at_most=10)).result()
+
+    assert left() == []
+    _finish_session(store, seconds_ago=10)
+    assert left() == []
+    _finish_session(store, seconds_ago=2 * checkpoints.GARBAGE_SECONDS)
+    assert left() == [unnamed["path"]]
+    store.write(lambda c: checkpoints.delete_all(c, left())).result()
+    assert left() == []
+    collected = store.read(lambda c: c.exec_driver_sql("select object_prefix from garbage").all()).result()
+    assert collected == [("p/2",)]
+
+
+def test_old_results_are_forgotten_a_piece_at_a_time_and_young_ones_kept(store: Store, run: str) -> None:
+    rows = [{"request_id": str(i), "body": b"", "finished_at": float(i)} for i in range(25)]
+    store.write(lambda c: c.execute(results.insert(), rows).rowcount).result()
+
+    def purge(before: float) -> int:
+        return store.write(lambda c: ops.purge_results(c, finished_before=before, at_most=10)).result()
+
+    assert [purge(15) for _ in range(3)] == [10, 5, 0]
+    kept = store.read(lambda c: c.execute(sa.select(results.c.finished_at)).scalars().all()).result()
+    assert sorted(kept) == [float(i) for i in range(15, 25)]
+
+
+def test_no_purge_reads_more_than_it_deletes(store: Store) -> None:
+    """With a million operations a scan would hold up everybody's writes for seconds."""
+    for statement in (
+        "DELETE FROM results WHERE request_id IN (SELECT request_id FROM results WHERE finished_at < 1 "
+        "ORDER BY finished_at LIMIT 9)",
+        "SELECT path FROM checkpoints WHERE expires_at < 1 LIMIT 9",
+    ):
+        plan = store.read(lambda c, s=statement: c.exec_driver_sql(f"EXPLAIN QUERY PLAN {s}").all()).result()
+        assert not [row for row in plan if row[3].startswith("SCAN")], plan
 
 
 def test_a_folder_of_objects_is_whole_or_absent(tmp_path: Path) -> None:
@@ -218,6 +319,60 @@ def test_a_folder_of_objects_is_whole_or_absent(tmp_path: Path) -> None:
         objects.get("a/never")
     objects.delete("a/b")
     assert not (tmp_path / "a/b").exists()
+
+
+def _write_manifest(folder: Path, content: object) -> None:
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "manifest.json").write_bytes(b"{ torn"),
+        lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\xff"),
+        lambda f: _write_manifest(f, {}),
+        lambda f: _write_manifest(f, []),
+        lambda f: _write_manifest(f, {"files": ["x"]}),
+        lambda f: _write_manifest(f, {"files": {"x": {"bytes": 1}}}),
+        lambda f: _write_manifest(f, {"files": {"x\0": {"sha256": ""}}}),
+        lambda f: ((f / "x").unlink(), (f / "x").mkdir()),
+        lambda f: ((f / "x").unlink(), (f / "x").symlink_to(f / "x")),
+    ],
+)
+def test_whatever_is_wrong_with_a_folder_it_is_damaged(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    objects = DirectoryStore(tmp_path)
+    objects.put("a/b", {"x": b"1"})
+    damage(tmp_path / "a/b")
+    with pytest.raises(Damaged, match=r"a/b: .* (cannot be read|does not list)"):
+        objects.get("a/b")
+    objects.put("a/b", {"x": b"1"})
+    assert objects.get("a/b") == {"x": b"1"}, "a save may be written again"
+
+
+def test_a_save_executed_again_leaves_the_whole_one_alone(tmp_path: Path) -> None:
+    objects = DirectoryStore(tmp_path)
+    objects.put("a/b", {"x": b"1"})
+    before = (tmp_path / "a/b").stat()
+    objects.put("a/b", {"x": b"1"})
+    after = (tmp_path / "a/b").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    objects.put("a/b", {"x": b"2"})
+    assert objects.get("a/b") == {"x": b"2"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_what_a_crash_left_half_written_is_swept_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    two_hours_ago = time.time() - 7200
+    for name in (".writing-old", ".writing-slow", ".writing-new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(b"1")
+        os.utime(tmp_path / name, (two_hours_ago, two_hours_ago))
+    os.utime(tmp_path / ".writing-old" / "x", (two_hours_ago, two_hours_ago))
+    os.utime(tmp_path / ".writing-new")
+    DirectoryStore(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-new", ".writing-slow"]
 
 
 def test_a_prefix_cannot_leave_the_store(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ finishes the save, after every file and the manifest are in the object store; a 
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from tinsmith_api.journal.operations import insert_if_new
-from tinsmith_api.journal.tables import checkpoints, garbage, sampling_sessions
+from tinsmith_api.journal.tables import checkpoints, garbage, runs, sampling_sessions, sessions
 
 Json = dict[str, Any]
 
@@ -68,9 +69,13 @@ def open_sampler(connection: sa.Connection, values: Json) -> bool:
 
 
 def delete(connection: sa.Connection, path: str) -> None:
-    row = connection.execute(sa.delete(checkpoints).where(checkpoints.c.path == path).returning(checkpoints))
-    for deleted in row:
-        discard_objects(connection, deleted.object_prefix)
+    delete_all(connection, [path])
+
+
+def delete_all(connection: sa.Connection, paths: Sequence[str]) -> None:
+    statement = sa.delete(checkpoints).where(checkpoints.c.path.in_(paths))
+    for prefix in list(connection.execute(statement.returning(checkpoints.c.object_prefix)).scalars()):
+        discard_objects(connection, prefix)
 
 
 def listing(
@@ -98,15 +103,40 @@ def discard_objects(connection: sa.Connection, object_prefix: str) -> None:
     )
 
 
-def expire(connection: sa.Connection) -> None:
-    """Delete the checkpoints whose time has come."""
-    due = sa.select(checkpoints.c.path).where(checkpoints.c.expires_at < time.time())
-    for path in list(connection.execute(due).scalars()):
-        delete(connection, path)
+def expire(connection: sa.Connection, *, at_most: int) -> int:
+    """Delete checkpoints whose time has come; how many."""
+    due = sa.select(checkpoints.c.path).where(checkpoints.c.expires_at < time.time()).limit(at_most)
+    paths = list(connection.execute(due).scalars())
+    delete_all(connection, paths)
+    return len(paths)
+
+
+def unnamed_left(connection: sa.Connection, *, at_most: int) -> list[str]:
+    """Paths of unnamed checkpoints whose session was finished a while ago: nobody can ask for them."""
+    statement = (
+        sa.select(checkpoints.c.path)
+        .join(runs, runs.c.id == checkpoints.c.run_id)
+        .join(sessions, sessions.c.id == runs.c.session_id)
+        .where(
+            sessions.c.finished_at < time.time() - GARBAGE_SECONDS,
+            checkpoints.c.listed.is_(False),
+            checkpoints.c.ready_at.is_not(None),
+        )
+        .limit(at_most)
+    )
+    return list(connection.execute(statement).scalars())
 
 
 def due_garbage(connection: sa.Connection) -> list[str]:
-    statement = sa.select(garbage.c.object_prefix).where(garbage.c.delete_after < time.time())
+    """Prefixes of objects to be deleted now. A frozen sampler keeps its own until its session is over."""
+    now = time.time()
+    session_goes_on = sa.or_(sessions.c.finished_at.is_(None), sessions.c.finished_at > now - GARBAGE_SECONDS)
+    sampled = (
+        sa.exists()
+        .where(sampling_sessions.c.object_prefix == garbage.c.object_prefix)
+        .where(sampling_sessions.c.session_id == sessions.c.id, session_goes_on)
+    )
+    statement = sa.select(garbage.c.object_prefix).where(garbage.c.delete_after < now, ~sampled)
     return list(connection.execute(statement).scalars())
 
 

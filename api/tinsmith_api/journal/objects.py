@@ -5,19 +5,27 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Protocol
 
 MANIFEST = "manifest.json"
 
+_WRITING = ".writing-"
+# Longer than writing any folder takes: one that nobody touched for so long is left from a crash.
+_STALE_SECONDS = 3600.0
+
 
 class Damaged(Exception):  # noqa: N818 - the name says what happened
-    """A folder's manifest is missing, or a file does not match it."""
+    """A folder's manifest is missing, or a file does not match it, or one of them cannot be read."""
 
 
 class ObjectStore(Protocol):
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
-        """Write `files` and then their manifest under `prefix`; durable on return. The bytes written."""
+        """Write `files` and then their manifest under `prefix`; durable on return. Their size in bytes.
+
+        If the same files are there already and whole, they stay as they are.
+        """
         ...
 
     def get(self, prefix: str) -> dict[str, bytes]:
@@ -40,11 +48,12 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
+        self._sweep()
 
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
         target = self._folder(prefix)
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
         try:
             for name, body in (*files.items(), (MANIFEST, manifest_of(files))):
                 with open(folder / name, "wb") as file:
@@ -52,9 +61,12 @@ class DirectoryStore:
                     file.flush()
                     os.fsync(file.fileno())
             _sync(folder)
-            if target.exists():
-                shutil.rmtree(target)  # a save that is executed again after a crash
-            folder.rename(target)
+            if self._holds(prefix, files):
+                shutil.rmtree(folder)  # a save that is executed again after a crash
+            else:
+                if target.exists():
+                    shutil.rmtree(target)  # half of it, or other bytes that nothing refers to
+                folder.rename(target)
             _sync(target.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -65,16 +77,39 @@ class DirectoryStore:
         folder = self._folder(prefix)
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())["files"]
-            files = {name: (folder / name).read_bytes() for name in manifest}
+            checksums = {name: entry["sha256"] for name, entry in manifest.items()}
+            files = {name: (folder / name).read_bytes() for name in checksums}
         except FileNotFoundError as error:
             raise Damaged(f"{prefix}: {Path(error.filename).name} is missing") from None
+        except OSError as error:
+            raise Damaged(
+                f"{prefix}: {Path(error.filename or '').name} cannot be read: {error.strerror}"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Damaged(f"{prefix}: its {MANIFEST} does not list files and their checksums") from None
         for name, body in files.items():
-            if hashlib.sha256(body).hexdigest() != manifest[name]["sha256"]:
+            if hashlib.sha256(body).hexdigest() != checksums[name]:
                 raise Damaged(f"{prefix}: {name} does not match its checksum")
         return files
 
     def delete(self, prefix: str) -> None:
         shutil.rmtree(self._folder(prefix), ignore_errors=True)
+
+    def _holds(self, prefix: str, files: dict[str, bytes]) -> bool:
+        try:
+            return self.get(prefix) == files
+        except Damaged:
+            return False
+
+    def _sweep(self) -> None:
+        """Other processes may be writing at this moment, so only what was left long ago goes."""
+        for folder in self.root.glob(f"{_WRITING}*"):
+            try:
+                age = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            except FileNotFoundError:
+                continue  # renamed into place just now
+            if age > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, prefix: str) -> Path:
         folder = (self.root / prefix).resolve()

@@ -6,6 +6,7 @@ service pays for one flush to disk where an idle one pays for one per call. A fu
 """
 
 import fcntl
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+
+log = logging.getLogger("tinsmith")
 
 Result = TypeVar("Result")
 Statement = Callable[[sa.Connection], Result]
@@ -49,13 +52,15 @@ class Store:
     def write(self, statement: Statement[Result]) -> "Future[Result]":
         """Run `statement` in a transaction; the future is done when it is on disk."""
         done: Future[Result] = Future()
+        # From here on it cannot be cancelled: who stops waiting does not undo what was asked for.
+        done.set_running_or_notify_cancel()
         self._jobs.put((statement, done))
         return done
 
     def read(self, statement: Statement[Result]) -> "Future[Result]":
         """Run `statement` outside a transaction: each SELECT sees what is committed by then."""
         if not self._is_sqlite:
-            return self._readers.submit(self._read, statement)
+            return self.read_apart(statement)
         # A lookup in the file takes less time than handing it to another thread.
         done: Future[Result] = Future()
         try:
@@ -63,6 +68,10 @@ class Store:
         except Exception as error:
             done.set_exception(error)
         return done
+
+    def read_apart(self, statement: Statement[Result]) -> "Future[Result]":
+        """As `read`, always on another thread: for what finds more than a few rows."""
+        return self._readers.submit(self._read, statement)
 
     def close(self) -> None:
         """Commit what was asked for, then let go of the file."""
@@ -86,7 +95,10 @@ class Store:
             while len(group) < _GROUP and group[-1] is not None and not self._jobs.empty():
                 group.append(self._jobs.get())  # type: ignore[arg-type]
             last = group[-1]
-            self._commit([g for g in group if g is not None])
+            try:
+                self._commit([g for g in group if g is not None])
+            except BaseException:  # this thread lives as long as the process: without it nothing is written
+                log.exception("answering a group of writes failed")
             job = None if last is None else self._jobs.get()
 
     def _commit(self, group: list[tuple[Statement[Any], "Future[Any]"]]) -> None:

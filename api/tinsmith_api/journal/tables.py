@@ -106,6 +106,7 @@ results = sa.Table(
     metadata,
     sa.Column("request_id", sa.String, primary_key=True),
     sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("finished_at", sa.Float, nullable=False, index=True),
 )
 
 sampling_sessions = sa.Table(
@@ -116,7 +117,7 @@ sampling_sessions = sa.Table(
     sa.Column("session_id", sa.ForeignKey("sessions.id"), nullable=False, index=True),
     sa.Column("base_model", sa.String, nullable=False),
     sa.Column("model_path", sa.String),  # NULL: the base model itself
-    sa.Column("object_prefix", sa.String),
+    sa.Column("object_prefix", sa.String, index=True),
     sa.Column("created_at", sa.Float, nullable=False),
 )
 
@@ -137,7 +138,7 @@ checkpoints = sa.Table(
     sa.Column("size_bytes", sa.BigInteger),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("ready_at", sa.Float),
-    sa.Column("expires_at", sa.Float),
+    sa.Column("expires_at", sa.Float, index=True),
 )
 
 # Objects nothing refers to any more. They are deleted a while later, so that an operation that was

@@ -30,8 +30,12 @@ def upgrade() -> None:
         "results",
         sa.Column("request_id", sa.String(), nullable=False),
         sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("finished_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("request_id"),
     )
+    with op.batch_alter_table("results", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_results_finished_at"), ["finished_at"], unique=False)
+
     op.create_table(
         "tenants",
         sa.Column("id", sa.String(), nullable=False),
@@ -180,6 +184,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     with op.batch_alter_table("sampling_sessions", schema=None) as batch_op:
+        batch_op.create_index(
+            batch_op.f("ix_sampling_sessions_object_prefix"), ["object_prefix"], unique=False
+        )
         batch_op.create_index(batch_op.f("ix_sampling_sessions_session_id"), ["session_id"], unique=False)
         batch_op.create_index(batch_op.f("ix_sampling_sessions_tenant_id"), ["tenant_id"], unique=False)
 
@@ -210,6 +217,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("path"),
     )
     with op.batch_alter_table("checkpoints", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_checkpoints_expires_at"), ["expires_at"], unique=False)
         batch_op.create_index(batch_op.f("ix_checkpoints_request_id"), ["request_id"], unique=False)
         batch_op.create_index(batch_op.f("ix_checkpoints_run_id"), ["run_id"], unique=False)
         batch_op.create_index(batch_op.f("ix_checkpoints_tenant_id"), ["tenant_id"], unique=False)
@@ -223,11 +231,13 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_checkpoints_tenant_id"))
         batch_op.drop_index(batch_op.f("ix_checkpoints_run_id"))
         batch_op.drop_index(batch_op.f("ix_checkpoints_request_id"))
+        batch_op.drop_index(batch_op.f("ix_checkpoints_expires_at"))
 
     op.drop_table("checkpoints")
     with op.batch_alter_table("sampling_sessions", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_sampling_sessions_tenant_id"))
         batch_op.drop_index(batch_op.f("ix_sampling_sessions_session_id"))
+        batch_op.drop_index(batch_op.f("ix_sampling_sessions_object_prefix"))
 
     op.drop_table("sampling_sessions")
     with op.batch_alter_table("runs", schema=None) as batch_op:
@@ -255,6 +265,9 @@ def downgrade() -> None:
 
     op.drop_table("workers")
     op.drop_table("tenants")
+    with op.batch_alter_table("results", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_results_finished_at"))
+
     op.drop_table("results")
     op.drop_table("payloads")
     with op.batch_alter_table("garbage", schema=None) as batch_op:

@@ -1,0 +1,73 @@
+"""`tinsmith serve` as its operator sees it: what it says, what it leaves on disk, how it ends."""
+
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import RunningService
+from tests.e2e.wire import Wire
+from tinsmith_api.serve import local_key
+
+
+def _serve(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tinsmith_api.cli", "serve", "--port", "0", "--data-dir", str(folder)]
+    return subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_path_that_holds_no_model_ends_the_service_with_a_sentence(tmp_path: Path) -> None:
+    served = _serve(tmp_path, "--model", "foo=/nonexistent")
+    said, _ = served.communicate(timeout=90)
+    assert served.returncode == 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("tinsmith: the worker of foo could not start from '/nonexistent'"), said
+    assert "log above" in last
+
+
+def test_interrupted_while_a_model_is_loading_it_leaves_at_once(tmp_path: Path) -> None:
+    served = _serve(tmp_path)
+    assert served.stdout is not None
+    while "Stop with Ctrl-C" not in served.stdout.readline():
+        assert served.poll() is None
+    time.sleep(1.0)
+    started = time.monotonic()
+    served.send_signal(signal.SIGINT)
+    said, _ = served.communicate(timeout=30)
+    assert time.monotonic() - started < 5
+    assert served.returncode == 0, said
+    assert "Traceback" not in said
+
+
+def test_what_it_keeps_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    command = [sys.executable, "-m", "tinsmith_api.cli", "admin", "keys", "list", "--data-dir", str(folder)]
+    subprocess.run(command, check=True)
+    key = local_key(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
+    assert local_key(folder) == key
+
+
+def test_an_empty_key_file_is_no_key(tmp_path: Path) -> None:
+    (tmp_path / "key").touch()
+    key = local_key(tmp_path)
+    assert key.startswith("tml-")
+    assert (tmp_path / "key").read_text() == key + "\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_run_whose_model_is_served_no_more_is_told_so(tmp_path: Path) -> None:
+    running = RunningService(tmp_path, "--engine", "null", "--model", "one", "--model", "two")
+    run = Wire(running.url, running.key).run("one")
+    assert running.stop() == 0
+    running.arguments = ["--engine", "null", "--model", "two"]
+    running.restart()
+    wire = Wire(running.url, running.key)
+    refused = wire.optim(run, 1)
+    assert (wire.status, "this service has two" in refused["detail"]) == (400, True), refused
+    assert running.stop() == 0, running.log_text()
+    assert "Traceback" not in running.log_text()

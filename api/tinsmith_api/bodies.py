@@ -1,14 +1,20 @@
 """Request bodies: bounded while they arrive, and read into models once."""
 
+import asyncio
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from tinsmith.errors import InvalidInput
 
 Model = TypeVar("Model", bound=BaseModel)
+Made = TypeVar("Made")
+
+# Reading a body larger than this takes longer than other requests should wait for the event loop.
+_READ_IN_THREAD_BYTES = 1 << 20
 
 
 class TooLarge(Exception):  # noqa: N818 - answered as 413
@@ -20,10 +26,18 @@ class UnsupportedEncoding(Exception):  # noqa: N818 - answered as 415
 
 
 class Body(BaseModel):
-    """Base of request bodies. Fields of newer clients that we do not know are refused by those routes
-    that would otherwise drop something the caller meant; `type` tags are allowed everywhere."""
+    """Base of request bodies. Members that we do not know are ignored: clients of many versions send tags
+    of their own. What a client means to be honoured to the letter is a `Strict`."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class Strict(Body):
+    """Settings of a computation: a member that we do not know would change it, so it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str | None = Field(None, exclude=True)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -41,6 +55,11 @@ async def read_body(request: Request, limit: int) -> bytes:
             raise TooLarge(f"the body has more than {limit} bytes: send less at a time")
         parts.append(part)
     return b"".join(parts)
+
+
+async def off_loop(size: int, read: Callable[[], Made]) -> Made:
+    """`read()` of a body of `size` bytes; in a thread if the event loop would wait for it too long."""
+    return await asyncio.to_thread(read) if size > _READ_IN_THREAD_BYTES else read()
 
 
 def parse(model: type[Model], body: bytes) -> Model:
@@ -61,6 +80,8 @@ def parse_any(body: bytes) -> Any:
 def sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "the body"
+    if first["type"] == "extra_forbidden":
+        return f"{where} is not known here and would have no effect: leave it out"
     return f"{where}: {first['msg']}"
 
 

@@ -17,6 +17,9 @@ from tinsmith_api.owner import Owner
 
 LOSS = "stable_reinforce"
 
+# Databases take tens of thousands of parameters per statement at most.
+_IDS_PER_QUERY = 1000
+
 # sequence id -> (tokens, their logprobs)
 Records = dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]
 
@@ -29,11 +32,7 @@ async def fill(mine: Owner, message: pb.ForwardBackwardRequest) -> None:
         for span in datum.loss_fn_input_spans
         if span.WhichOneof("span") == "sampled_tokens"
     }
-    statement = sa.select(sampled_sequences).where(
-        sampled_sequences.c.id.in_(wanted), sampled_sequences.c.tenant_id == mine.tenant_id
-    )
-    rows = await mine.service.read(lambda c: c.execute(statement).all())
-    records = {row.id: (np.frombuffer(row.tokens, "<i4"), np.frombuffer(row.logprobs, "<f4")) for row in rows}
+    records = await mine.service.read(lambda c: _records(c, sorted(wanted), mine.tenant_id))
     for index, datum in enumerate(message.data):
         try:
             _fill_datum(datum, records)
@@ -41,10 +40,24 @@ async def fill(mine: Owner, message: pb.ForwardBackwardRequest) -> None:
             raise InvalidInput(f"datum {index}: {error}") from None
 
 
+def _records(connection: sa.Connection, sequence_ids: list[str], tenant_id: str) -> Records:
+    records: Records = {}
+    for start in range(0, len(sequence_ids), _IDS_PER_QUERY):
+        statement = sa.select(sampled_sequences).where(
+            sampled_sequences.c.id.in_(sequence_ids[start : start + _IDS_PER_QUERY]),
+            sampled_sequences.c.tenant_id == tenant_id,
+        )
+        for row in connection.execute(statement):
+            records[row.id] = (np.frombuffer(row.tokens, "<i4"), np.frombuffer(row.logprobs, "<f4"))
+    return records
+
+
 def _fill_datum(datum: pb.Datum, records: Records) -> None:
     if "target_tokens" not in datum.loss_fn_inputs:
         raise InvalidInput("loss_fn_inputs lacks `target_tokens`")
-    targets = datums.array(datum.loss_fn_inputs["target_tokens"]).reshape(-1)
+    if len(datums.shape_of(datum.loss_fn_inputs["target_tokens"])) != 1:
+        raise InvalidInput(f"{LOSS} takes one target per token, `target_tokens` is 2-D")
+    targets = datums.array(datum.loss_fn_inputs["target_tokens"])
     logprobs, mask = np.zeros(len(targets), np.float32), np.zeros(len(targets), np.float32)
     row = 0
     for span in datum.loss_fn_input_spans:

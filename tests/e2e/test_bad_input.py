@@ -159,7 +159,7 @@ BAD_DATUMS: dict[str, tuple[Callable[[], pb.Datum], str]] = {
         lambda: _with(
             "target_tokens", pb.Tensor(sparse_csr={}, dtype=pb.DTYPE_INT64, shape=[1 << 40, 1 << 20])
         ),
-        "cells",
+        "above",
     ),
     "broken sparse rows": (
         lambda: _with(
@@ -231,6 +231,80 @@ def test_a_body_over_the_limit_is_413(wire: Wire) -> None:
     assert answer.status_code == 413
 
 
+def test_a_call_far_above_its_runs_numbers_is_refused_and_consumes_nothing(wire: Wire) -> None:
+    run = wire.run(MODEL)
+    calls = {
+        "optim_step": lambda seq: wire.optim(run, seq),
+        "a refused optim_step": lambda seq: wire.optim(run, seq, beta1=7),
+        "forward_backward": lambda seq: wire.submit(run, seq, datum([1, 2, 3])),
+        "a refused forward_backward": lambda seq: wire.submit(run, seq, loss="none"),
+        "save_weights": lambda seq: wire.post("/save_weights", model_id=run, seq_id=seq, path="far"),
+    }
+    for far in (2**31 - 1, 10_001):
+        for name, call in calls.items():
+            assert "seq_id" in call(far)["detail"], name
+            assert wire.status == 400, name
+    assert wire.get("/training_runs/" + run)["last_checkpoint"] is None
+    assert wire.result(wire.optim(run, 1))["metrics"]["step"] == 1
+    ahead = wire.optim(run, 10_001)
+    assert "request_id" in ahead
+    assert wire.optim(run, 10_001) == ahead
+    wire.optim(run, 20_002)
+    assert wire.status == 400
+
+
+def test_settings_nobody_knows_are_refused_by_name(wire: Wire, run: str, seq: Numbers) -> None:
+    body = {"session_id": wire.session(), "model_seq_id": 0, "base_model": MODEL}
+    answer = wire.post("/create_model", **body, lora_config={**LORA, "type": "lora", "alpha": 64})
+    assert wire.status == 400
+    assert "lora_config.alpha" in answer["detail"]
+    assert "adam_params.amsgrad" in refused(wire, wire.optim(run, seq(), amsgrad=1))
+    answer = wire.sample(_base_sampler(wire), 0, [1, 2], params={"min_p": 0.1})
+    assert wire.status == 400
+    assert "sampling_params.min_p" in answer["detail"]
+    # A tag is no setting.
+    assert "request_id" in wire.sample(_base_sampler(wire), 0, [1, 2], params={"type": "sampling_params"})
+
+
+def test_sampler_names_are_taken_once_unless_overwritten(wire: Wire) -> None:
+    run = wire.run(MODEL)
+
+    def save(seq: int, **fields: object) -> Json:
+        return wire.post("/save_weights_for_sampler", model_id=run, seq_id=seq, path="s", **fields)
+
+    assert wire.result(save(1))["path"].endswith("/sampler_weights/s")
+    assert "exists" in refused(wire, save(2))
+    assert wire.result(save(3, overwrite=True))["path"].endswith("/sampler_weights/s")
+    assert "inflight" in refused(wire, save(4, overwrite=True, kind="inflight"))
+
+
+def test_an_unnamed_save_never_answers_with_another_sampler(wire: Wire) -> None:
+    session = wire.session()
+    run = wire.run(MODEL, session=session)
+    body = {"session_id": session, "sampling_session_seq_id": 3, "base_model": MODEL}
+    taken = wire.post("/create_sampling_session", **body)["sampling_session_id"]
+    unnamed = {"model_id": run, "seq_id": 1, "sampling_session_seq_id": 3}
+    told = refused(wire, wire.post("/save_weights_for_sampler", **unnamed))
+    assert "exists" in told
+    assert taken in told
+    assert "model_path" not in wire.get(f"/samplers/{taken}")
+    unnamed = {"model_id": run, "seq_id": 2, "sampling_session_seq_id": 4}
+    made = wire.result(wire.post("/save_weights_for_sampler", **unnamed))
+    # Sent again, it is the same save.
+    assert wire.result(wire.post("/save_weights_for_sampler", **unnamed)) == made
+    again = {"model_id": run, "seq_id": 3, "sampling_session_seq_id": 4}
+    assert "exists" in refused(wire, wire.post("/save_weights_for_sampler", **again))
+
+
+def test_more_sequences_than_one_query_takes_are_looked_up(wire: Wire, run: str, seq: Numbers) -> None:
+    message = datum([1] * 2)
+    message.loss_fn_input_spans.extend(
+        pb.ProvenanceSpan(sampled_tokens={"sequence_id": f"none-{i}"}) for i in range(40_000)
+    )
+    told = refused(wire, wire.submit(run, seq(), message, loss="stable_reinforce"))
+    assert "no record of sequence" in told
+
+
 def test_names_are_checked_and_taken_once(wire: Wire, run: str, seq: Numbers) -> None:
     for name in ("a/b", "", "..", "x" * 300, "\n", "tinker://x"):
         told = refused(wire, wire.post("/save_weights", model_id=run, seq_id=seq(), path=name))
@@ -267,6 +341,15 @@ BAD_SAMPLES: dict[str, Json] = {
     "targets of another length": {"target_prompt_logprobs": {"data": [1], "shape": [1, 1]}},
     "targets that are no tensor": {"target_prompt_logprobs": {"data": "x"}},
     "top-k of everything": {"topk_prompt_logprobs": 10**6},
+    "top_k over 32 bits": {"params": {"top_k": 2**31}},
+    "max_tokens over 32 bits": {"params": {"max_tokens": 2**31}},
+    "a seed over 64 bits": {"params": {"seed": 2**64}},
+    "a seed under 64 bits": {"params": {"seed": -(2**63) - 1}},
+    "prompt_logprobs_last_n over 32 bits": {"prompt_logprobs_last_n": 2**31},
+    "numbers beyond any": {"params": {"max_tokens": 10**400}},
+    "too many targets": {"target_prompt_logprobs": {"data": [0] * 2050, "shape": [2, 1025]}},
+    "another base model": {"base_model": "tinsmith/other"},
+    "other weights": {"model_path": "tinker://a/sampler_weights/b"},
 }
 
 
@@ -275,6 +358,46 @@ def test_a_bad_sample_is_refused(wire: Wire, case: str) -> None:
     sampler = _base_sampler(wire)
     wire.sample(sampler, 0, [1, 2, 3], **BAD_SAMPLES[case])
     assert wire.status == 400
+
+
+def test_a_result_that_would_be_too_large_is_refused_with_what_to_change(wire: Wire) -> None:
+    sampler = _base_sampler(wire)
+    many = {"num_samples": 1024, "topk_sample_logprobs": 128, "params": {"max_tokens": 1000}}
+    answer = wire.sample(sampler, 0, [1, 2, 3], **many)
+    assert wire.status == 400
+    assert "max_tokens" in answer["detail"]
+
+
+def test_a_sample_without_a_sampling_session_is_told_how_to_get_one(wire: Wire) -> None:
+    body = {"seq_id": 0, "prompt": {"chunks": [{"tokens": [1, 2]}]}, "base_model": MODEL}
+    answer = wire.post("/asample", **body)
+    assert wire.status == 400
+    assert "create_sampling_session" in answer["detail"]
+    made = wire.post("/asample", **body, sampling_session_id=_base_sampler(wire))
+    assert "request_id" in made
+
+
+def test_every_seed_of_64_bits_samples(wire: Wire) -> None:
+    sampler = _base_sampler(wire)
+    for number, seed in enumerate((2**64 - 1, -1, -(2**63), 0)):
+        made = wire.sample(sampler, number, [1, 2], params={"seed": seed})
+        assert len(wire.sampled(made).sequences) == 1
+
+
+def test_runs_are_listed_by_project_with_their_last_checkpoints(wire: Wire) -> None:
+    project = "a-project-of-this-test"
+    sessions = [wire.post("/create_session", project_id=project)["session_id"], wire.session()]
+    one, other = (wire.run(MODEL, session=session) for session in sessions)
+    for number, name in enumerate(("first", "second"), start=1):
+        wire.result(wire.post("/save_weights", model_id=one, seq_id=number, path=name))
+    listed = wire.get("/training_runs", project_id=project)
+    assert [r["training_run_id"] for r in listed["training_runs"]] == [one]
+    assert listed["cursor"]["total_count"] == 1
+    assert listed["training_runs"][0]["last_checkpoint"]["checkpoint_id"] == "weights/second"
+    assert listed["training_runs"][0] == wire.get(f"/training_runs/{one}")
+    everything = wire.get("/training_runs", limit=1000)["training_runs"]
+    assert {one, other} <= {r["training_run_id"] for r in everything}
+    assert wire.get("/training_runs", project_id="another")["training_runs"] == []
 
 
 def test_bad_prompts_are_refused(wire: Wire) -> None:

@@ -11,8 +11,8 @@ from pydantic import Field
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import json_form
 from tinsmith.wire import tinsmith_pb2 as pb
-from tinsmith.wire.datums import array
-from tinsmith_api.bodies import Body, parse, read_body, reply
+from tinsmith.wire.datums import array, shape_of
+from tinsmith_api.bodies import Body, Strict, off_loop, parse, read_body, reply
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
@@ -23,11 +23,13 @@ router = APIRouter(prefix="/api/v1")
 
 _MAX_SAMPLES = 1024
 _MAX_TOPK = 128
+_MAX_RESULT_BYTES = 64 << 20
+_INT32 = 2**31 - 1
 
 
 class CreateSamplingSession(Body):
     session_id: str
-    sampling_session_seq_id: int = Field(ge=0, le=2**31 - 1)
+    sampling_session_seq_id: int = Field(ge=0, le=_INT32)
     base_model: str | None = None
     model_path: str | None = None
 
@@ -72,12 +74,12 @@ async def get_sampler(mine: Mine, sampler_id: str) -> Response:
     return reply(found if sampler.model_path is None else {**found, "model_path": sampler.model_path})
 
 
-class SamplingParams(Body):
-    max_tokens: int | None = Field(None, ge=0)
-    seed: int | None = None
+class SamplingParams(Strict):
+    max_tokens: int | None = Field(None, ge=0, le=_INT32)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | list[int] | None = None
     temperature: float = Field(1.0, ge=0, le=100)
-    top_k: int = Field(-1, ge=-1)
+    top_k: int = Field(-1, ge=-1, le=_INT32)
     top_p: float = Field(1.0, gt=0, le=1)
 
 
@@ -86,7 +88,9 @@ class Prompt(Body):
 
 
 class Sample(Body):
-    sampling_session_id: str
+    sampling_session_id: str | None = None
+    base_model: str | None = None
+    model_path: str | None = None
     seq_id: int = Field(ge=0, le=2**63 - 1)
     prompt: Prompt
     num_samples: int = Field(1, ge=1, le=_MAX_SAMPLES)
@@ -96,19 +100,28 @@ class Sample(Body):
     topk_sample_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOPK)] = 0
     target_prompt_logprobs: dict[str, Any] | None = None
     prompt_alt_tokens_k: Annotated[int, Field(ge=0, le=_MAX_TOPK)] = 0
-    prompt_logprobs_last_n: int | None = Field(None, ge=0)
+    prompt_logprobs_last_n: int | None = Field(None, ge=0, le=_INT32)
     record_stability_info: bool = False
 
 
 @router.post("/asample")
 async def asample(mine: Mine, request: Request) -> Response:
-    body = parse(Sample, await read_body(request, mine.service.settings.max_sample_bytes))
+    raw = await read_body(request, mine.service.settings.max_sample_bytes)
+    body = await off_loop(len(raw), lambda: parse(Sample, raw))
+    if body.sampling_session_id is None:
+        raise InvalidInput(
+            "asample needs sampling_session_id: create_sampling_session makes one of a model"
+        )
     sampler = await mine.sampler(body.sampling_session_id)
+    for name in ("base_model", "model_path"):
+        given, own = getattr(body, name), getattr(sampler, name)
+        if given not in (None, own):
+            raise InvalidInput(f"sampling session {sampler.id} has {name} {own!r}, not {given!r}")
     await mine.open_session(sampler.session_id)
     facts = await mine.service.facts(sampler.base_model)
     request_id = uuid.uuid4().hex
     sequence_ids = [f"{request_id}-{i}" for i in range(body.num_samples)]
-    task = _task(body, facts)
+    task = await off_loop(len(raw), lambda: _task(body, facts))
     task.object_prefix = sampler.object_prefix or ""
     task.sequence_ids.extend(sequence_ids)
     operation = Operation(
@@ -135,7 +148,7 @@ def _task(body: Sample, facts: Facts) -> pb.SampleTask:
         num_samples=body.num_samples,
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         # Fixed here, so that a sample that is computed again after a crash is the same one.
-        seed=secrets.randbits(63) if params.seed is None else params.seed % 2**64,
+        seed=secrets.randbits(63) if params.seed is None else params.seed % 2**64,  # -1 is one, too
         temperature=params.temperature,
         top_k=params.top_k or -1,
         top_p=params.top_p,
@@ -157,8 +170,30 @@ def _task(body: Sample, facts: Facts) -> pb.SampleTask:
         else:
             task.stop_tokens.append(stop)
     if body.target_prompt_logprobs is not None:
-        task.target_prompt_logprobs.CopyFrom(_targets(body.target_prompt_logprobs, len(prompt), facts))
+        task.target_prompt_logprobs.CopyFrom(_targets(body.target_prompt_logprobs, len(prompt)))
+    _check_result_size(task, len(prompt))
+    # After the size: these are made dense here.
+    if task.HasField("target_prompt_logprobs"):
+        _check_targets(array(task.target_prompt_logprobs), facts)
     return task
+
+
+def _check_result_size(task: pb.SampleTask, prompt_tokens: int) -> None:
+    """A token and its logprob are 8 bytes each, wherever they are asked for."""
+    sampled = task.num_samples * task.max_tokens * 8 * (1 + task.topk_sample_logprobs)
+    if sampled > _MAX_RESULT_BYTES:
+        raise InvalidInput(
+            f"{task.num_samples} samples of up to {task.max_tokens} tokens with topk_sample_logprobs "
+            f"{task.topk_sample_logprobs} can be {sampled} bytes, the limit is {_MAX_RESULT_BYTES}: "
+            "set a smaller max_tokens, or ask for fewer at a time"
+        )
+    targets = task.target_prompt_logprobs.shape[1] if task.HasField("target_prompt_logprobs") else 0
+    per_token = 1 + task.topk_prompt_logprobs + task.prompt_alt_tokens_k + targets
+    if prompt_tokens * 8 * per_token > _MAX_RESULT_BYTES - sampled:
+        raise InvalidInput(
+            f"{per_token} logprobs for each of {prompt_tokens} prompt tokens make a result of more than "
+            f"{_MAX_RESULT_BYTES} bytes: ask for fewer, or for a shorter prompt"
+        )
 
 
 def _check_prompt(prompt: "np.ndarray[Any, np.dtype[np.int32]]", facts: Facts) -> None:
@@ -176,13 +211,16 @@ def _check_prompt(prompt: "np.ndarray[Any, np.dtype[np.int32]]", facts: Facts) -
         )
 
 
-def _targets(given: dict[str, Any], prompt_tokens: int, facts: Facts) -> pb.Tensor:
+def _targets(given: dict[str, Any], prompt_tokens: int) -> pb.Tensor:
     tensor = json_form.read_tensor({"dtype": "int64", **given}, "target_prompt_logprobs")
-    targets = np.asarray(array(tensor), np.int64)
-    if tensor.dtype != pb.DTYPE_INT64 or targets.ndim != 2 or len(targets) != prompt_tokens - 1:
+    shape = shape_of(tensor)
+    if tensor.dtype != pb.DTYPE_INT64 or len(shape) != 2 or shape[0] != prompt_tokens - 1:
         raise InvalidInput(f"target_prompt_logprobs must be int64 of shape [{prompt_tokens - 1}, K]")
+    return tensor
+
+
+def _check_targets(targets: "np.ndarray[Any, np.dtype[Any]]", facts: Facts) -> None:
     if ((targets < -1) | (targets >= facts.vocab_size)).any():
         raise InvalidInput(
             "target_prompt_logprobs holds tokens outside the vocabulary; -1 marks an empty cell"
         )
-    return tensor

@@ -37,15 +37,9 @@ async def get_server_capabilities(mine: Mine) -> Response:
 
 @router.post("/client/config")
 async def client_config(mine: Mine) -> Response:
-    # Everything else at the SDK's defaults. The last three switch older SDKs to the same paths as new ones.
-    return reply(
-        {
-            "parallel_fwdbwd_chunks": True,
-            "proto_write_fwdbwd": True,
-            "fwd_via_fwdbwd": True,
-            "create_model_via_load_weights": True,
-        }
-    )
+    # What a client does not find here stays at its default, which suits us. These switch older clients to
+    # the paths that newer ones take always; newer ones no longer know them.
+    return reply({"proto_write_fwdbwd": True, "fwd_via_fwdbwd": True, "create_model_via_load_weights": True})
 
 
 @router.post("/client/dynamic_config")

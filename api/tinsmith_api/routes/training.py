@@ -1,6 +1,5 @@
 """Runs: creating them, training them, saving and loading their weights."""
 
-import asyncio
 import json
 import re
 import secrets
@@ -16,19 +15,21 @@ from tinsmith.errors import InvalidInput, NotFound
 from tinsmith.wire import datums, json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api import provenance
-from tinsmith_api.bodies import Body, Model, parse, parse_any, read_body, reply
+from tinsmith_api.bodies import Body, Model, Strict, off_loop, parse, parse_any, read_body, reply
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation, insert_if_new
-from tinsmith_api.journal.tables import runs
+from tinsmith_api.journal.store import Statement
+from tinsmith_api.journal.tables import operations, runs, sampling_sessions
 from tinsmith_api.owner import Mine, Owner
 
 router = APIRouter(prefix="/api/v1")
 
 Json = dict[str, Any]
 
-# Unpacking a body larger than this takes longer than other requests should wait for the event loop.
-_UNPACK_IN_THREAD_BYTES = 1 << 20
+# How far ahead of its run's highest number a call may be. Everything between is waited for, and entered
+# as missing in the end.
+_MAX_AHEAD = 10_000
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@ -]{0,254}")
 
@@ -36,9 +37,9 @@ SeqId = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TtlSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
 
 
-class LoraConfig(Body):
+class LoraConfig(Strict):
     rank: int = 32
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -155,7 +156,7 @@ async def forward(mine: Mine, request: Request) -> Response:
     return reply(await _forward_backward_json(mine, body, "forward_input"))
 
 
-class Adam(Body):
+class Adam(Strict):
     learning_rate: float = Field(1e-4, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -197,12 +198,12 @@ async def save_weights(mine: Mine, request: Request) -> Response:
         mine, SaveWeights, await read_body(request, mine.service.settings.max_body_bytes)
     )
     name = body.path if body.path is not None else f"checkpoint-{body.seq_id:06d}"
-    return reply(await _save(mine, ops.SAVE_WEIGHTS, "weights", body, name, overwrite=body.overwrite))
+    return reply(await _save(mine, ops.SAVE_WEIGHTS, "weights", body, name))
 
 
 class SaveWeightsForSampler(SaveWeights):
     kind: Literal["snapshot", "inflight"] = "snapshot"
-    sampling_session_seq_id: int | None = Field(None, ge=0)
+    sampling_session_seq_id: int | None = Field(None, ge=0, le=2**31 - 1)
 
 
 @router.post("/save_weights_for_sampler")
@@ -211,20 +212,20 @@ async def save_weights_for_sampler(mine: Mine, request: Request) -> Response:
     raw = await read_body(request, mine.service.settings.max_body_bytes)
     body = await _parse_call(mine, SaveWeightsForSampler, raw)
     run = await mine.run(body.model_id)
-    if body.path is not None:
-        return reply(await _save(mine, ops.SAVE_WEIGHTS_FOR_SAMPLER, "sampler_weights", body, body.path))
-    if body.sampling_session_seq_id is None:
-        error = InvalidInput("save_weights_for_sampler needs a path or a sampling_session_seq_id")
-        return reply(await _refuse(mine, run, body.seq_id, ops.SAVE_WEIGHTS_FOR_SAMPLER, error))
+    kind = ops.SAVE_WEIGHTS_FOR_SAMPLER
     if body.kind == "inflight":
         error = InvalidInput("kind 'inflight' is not supported here: use 'snapshot'")
-        return reply(await _refuse(mine, run, body.seq_id, ops.SAVE_WEIGHTS_FOR_SAMPLER, error))
+        return reply(await _refuse(mine, run, body.seq_id, kind, error))
+    if body.path is not None:
+        return reply(await _save(mine, kind, "sampler_weights", body, body.path))
+    if body.sampling_session_seq_id is None:
+        error = InvalidInput("save_weights_for_sampler needs a path or a sampling_session_seq_id")
+        return reply(await _refuse(mine, run, body.seq_id, kind, error))
     extra = {
         "sampling_session_id": f"{run.session_id}:sample:{body.sampling_session_seq_id}",
         "session_id": run.session_id,
     }
-    name = f"unnamed-{body.seq_id:06d}"
-    return reply(await _save(mine, ops.SAVE_WEIGHTS_FOR_SAMPLER, "sampler_weights", body, name, extra=extra))
+    return reply(await _save(mine, kind, "sampler_weights", body, f"unnamed-{body.seq_id:06d}", extra))
 
 
 class WeightsInfo(Body):
@@ -272,7 +273,8 @@ async def _consume(mine: Owner, run_id: object, seq_id: object, error: Exception
 
 async def _refuse(mine: Owner, run: Any, seq_id: int, kind: str, error: Exception) -> Json:
     """Accept the call and fail it: its number is consumed, its future says what was wrong."""
-    return await mine.service.submit(
+    return await _submit(
+        mine,
         Operation(
             run.id,
             seq_id,
@@ -280,7 +282,7 @@ async def _refuse(mine: Owner, run: Any, seq_id: int, kind: str, error: Exceptio
             mine.tenant_id,
             run.base_model,
             error={"error": str(error), "category": "user"},
-        )
+        ),
     )
 
 
@@ -289,7 +291,25 @@ async def _call(mine: Owner, run: Any, seq_id: int, kind: str, payload: Json) ->
     operation = Operation(
         run.id, seq_id, kind, mine.tenant_id, run.base_model, payload=json.dumps(payload).encode()
     )
-    return await mine.service.submit(operation)
+    return await _submit(mine, operation)
+
+
+async def _submit(mine: Owner, operation: Operation, also: Statement[Json | None] = lambda _: None) -> Json:
+    """Submit a call of a run; InvalidInput, and nothing is consumed, if its number is far from the others."""
+    if operation.seq_id > _MAX_AHEAD:  # rare, and else not worth a look into the journal
+        highest = await mine.service.read(lambda c: _highest(c, operation.subject))
+        if operation.seq_id > highest + _MAX_AHEAD:
+            raise InvalidInput(
+                f"seq_id {operation.seq_id} is more than {_MAX_AHEAD} above this run's highest, {highest}: "
+                "number the calls of a run one by one"
+            )
+    return await mine.service.submit(operation, also)
+
+
+def _highest(connection: sa.Connection, run_id: str) -> int:
+    statement = sa.select(sa.func.max(operations.c.seq_id)).where(operations.c.subject == run_id)
+    highest: int | None = connection.execute(statement).scalar_one()
+    return highest or 0
 
 
 async def _create(
@@ -330,9 +350,9 @@ async def _create(
 
 
 async def _forward_backward_json(mine: Owner, body: bytes, member: str) -> Json:
-    given = parse_any(body)
+    given = await off_loop(len(body), lambda: parse_any(body))
     try:
-        message = json_form.read_request(given, member)
+        message = await off_loop(len(body), lambda: json_form.read_request(given, member))
     except InvalidInput as error:
         if isinstance(given, dict):
             await _consume(mine, given.get("model_id"), given.get("seq_id"), error)
@@ -347,7 +367,7 @@ async def _forward_backward(mine: Owner, message: pb.ForwardBackwardRequest, bod
         raise InvalidInput("seq_id must be 1 or more")
     facts = await mine.service.facts(run.base_model)
 
-    def unpack() -> int:
+    def count_tokens() -> int:
         return datums.read(
             message, vocab_size=facts.vocab_size, max_context_length=facts.max_context_length
         ).tokens
@@ -356,22 +376,20 @@ async def _forward_backward(mine: Owner, message: pb.ForwardBackwardRequest, bod
         if message.loss_fn == provenance.LOSS:
             await provenance.fill(mine, message)
             body = message.SerializeToString()
-        if len(body) > _UNPACK_IN_THREAD_BYTES:
-            tokens = await asyncio.to_thread(unpack)
-        else:
-            tokens = unpack()
+        tokens = await off_loop(len(body), count_tokens)
     except InvalidInput as error:
         return await _refuse(mine, run, message.seq_id, ops.FORWARD_BACKWARD, error)
-    return await mine.service.submit(
+    return await _submit(
+        mine,
         Operation(
             run.id,
             message.seq_id,
-            ops.FORWARD_BACKWARD,
+            ops.FORWARD if message.forward_only else ops.FORWARD_BACKWARD,
             mine.tenant_id,
             run.base_model,
             tokens=tokens,
             payload=body,
-        )
+        ),
     )
 
 
@@ -394,8 +412,6 @@ async def _save(
     kind: str,
     body: SaveWeights,
     name: str,
-    *,
-    overwrite: bool = False,
     extra: Json | None = None,
 ) -> Json:
     run = await mine.run(body.model_id)
@@ -435,7 +451,12 @@ async def _save(
     }
 
     def reserve(connection: sa.Connection) -> Json | None:
-        return None if checkpoints.reserve(connection, reservation) or overwrite else taken
+        if extra and _is_sampler(connection, extra["sampling_session_id"]):
+            return {
+                "error": f"sampling session {extra['sampling_session_id']} exists: use the next number",
+                "category": "user",
+            }
+        return None if checkpoints.reserve(connection, reservation) or body.overwrite else taken
 
     await mine.open_session(run.session_id)
     operation = Operation(
@@ -447,7 +468,12 @@ async def _save(
         request_id=request_id,
         payload=json.dumps(payload).encode(),
     )
-    return await mine.service.submit(operation, reserve)
+    return await _submit(mine, operation, reserve)
+
+
+def _is_sampler(connection: sa.Connection, sampler_id: str) -> bool:
+    statement = sa.select(sampling_sessions.c.id).where(sampling_sessions.c.id == sampler_id)
+    return connection.execute(statement).one_or_none() is not None
 
 
 def _check_optimizer(config: Json | None) -> None:

@@ -175,3 +175,20 @@ def test_a_worker_asked_to_leave_hands_over_without_replay(fragile: RunningServi
     snapshots = list((fragile.folder / "objects" / "snapshots" / run).iterdir())
     assert [s.name.split("-")[0] for s in snapshots] == ["6"], "the last operation is not in the snapshot"
     assert wire.result(wire.optim(run, 7))["metrics"]["step"] == 4
+
+
+@pytest.mark.slow
+def test_a_control_plane_killed_alone_takes_its_worker_with_it_and_comes_back(
+    fragile: RunningService,
+) -> None:
+    wire = Wire(fragile.url, fragile.key)
+    run = wire.run(MODEL)
+    orphan = fragile.worker_pid()
+    fragile.process.kill()
+    fragile.restart()
+    wire = Wire(fragile.url, fragile.key)
+    future = wire.submit(run, 1, datum([1, 2, 3]))
+    assert wire.output(future).metrics["loss:sum"] > 0
+    assert wire.result(wire.optim(run, 2))["metrics"]["step"] == 1
+    assert fragile.worker_pid() != orphan
+    assert not Path(f"/proc/{orphan}").exists() or "Z" in Path(f"/proc/{orphan}/stat").read_text().split()[2]

@@ -57,7 +57,7 @@ async def _outcome(mine: Owner, request_id: str) -> Outcome:
 def _result(outcome: Outcome, *, wants_protobuf: bool) -> Response:
     if outcome.body is None:
         raise Gone("this result was fetched too late: results are kept for a day")
-    if outcome.kind not in (ops.FORWARD_BACKWARD, ops.SAMPLE):
+    if outcome.kind not in (ops.FORWARD, ops.FORWARD_BACKWARD, ops.SAMPLE):
         return Response(outcome.body, media_type="application/json")
     if wants_protobuf:
         return Response(outcome.body, media_type=_PROTOBUF)

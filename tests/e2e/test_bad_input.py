@@ -299,7 +299,8 @@ def test_an_unnamed_save_never_answers_with_another_sampler(wire: Wire) -> None:
 def test_more_sequences_than_one_query_takes_are_looked_up(wire: Wire, run: str, seq: Numbers) -> None:
     message = datum([1] * 2)
     message.loss_fn_input_spans.extend(
-        pb.ProvenanceSpan(sampled_tokens={"sequence_id": f"none-{i}"}) for i in range(40_000)
+        pb.ProvenanceSpan(sampled_tokens={"sequence_id": f"none-{i}"})
+        for i in range(260_000)  # SQLite takes 250,000 here
     )
     told = refused(wire, wire.submit(run, seq(), message, loss="stable_reinforce"))
     assert "no record of sequence" in told

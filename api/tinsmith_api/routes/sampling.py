@@ -109,9 +109,7 @@ async def asample(mine: Mine, request: Request) -> Response:
     raw = await read_body(request, mine.service.settings.max_sample_bytes)
     body = await off_loop(len(raw), lambda: parse(Sample, raw))
     if body.sampling_session_id is None:
-        raise InvalidInput(
-            "asample needs sampling_session_id: create_sampling_session makes one of a model"
-        )
+        raise InvalidInput("asample needs sampling_session_id: create_sampling_session makes one of a model")
     sampler = await mine.sampler(body.sampling_session_id)
     for name in ("base_model", "model_path"):
         given, own = getattr(body, name), getattr(sampler, name)

@@ -140,3 +140,20 @@ def test_a_finished_session_takes_no_calls(wire: Wire) -> None:
     wire.optim(run, 1)
     assert wire.status == 410
     assert wire.get(f"/training_runs/{run}")["training_run_id"] == run
+
+
+def test_two_unnamed_samplers_under_one_number_are_never_mixed_up(wire: Wire) -> None:
+    session = wire.session()
+    runs = [wire.run(MODEL, session=session, number=n) for n in (0, 1)]
+    # Both are submitted before either is executed: they wait for number 1 of their runs.
+    waiting = [
+        wire.post("/save_weights_for_sampler", model_id=run, seq_id=2, sampling_session_seq_id=0)
+        for run in runs
+    ]
+    for run in runs:
+        wire.optim(run, 1)
+    answers = [wire.result(future) for future in waiting]
+    assert sorted("error" in a for a in answers) == [False, True]
+    failed = next(a for a in answers if "error" in a)
+    assert failed["category"] == "user"
+    assert "use the next number" in failed["error"]

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
+from tinsmith.errors import InvalidInput
 from tinsmith.wire import samples
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api.journal import checkpoints
@@ -52,19 +53,20 @@ def checkpoint_row(operation: Operation, given: Json, lora: Json, size_bytes: in
 
 
 def publish(connection: sa.Connection, operation: Operation, given: Json, row: Json) -> None:
+    """Make a save visible, and the sampler of an unnamed one; InvalidInput if its number is taken."""
     checkpoints.publish(connection, operation.request_id, row)
-    if given.get("sampling_session_id"):
-        checkpoints.open_sampler(
-            connection,
-            {
-                "id": given["sampling_session_id"],
-                "tenant_id": operation.tenant_id,
-                "session_id": given["session_id"],
-                "base_model": operation.base_model,
-                "model_path": given["path"],
-                "object_prefix": given["object_prefix"],
-            },
-        )
+    if not (sampler_id := given.get("sampling_session_id")):
+        return
+    sampler = {
+        "id": sampler_id,
+        "tenant_id": operation.tenant_id,
+        "session_id": given["session_id"],
+        "base_model": operation.base_model,
+        "model_path": given["path"],
+        "object_prefix": given["object_prefix"],
+    }
+    if not checkpoints.open_sampler(connection, sampler):
+        raise InvalidInput(f"sampling session {sampler_id} exists with other weights: use the next number")
 
 
 def free_name(connection: sa.Connection, operation: Operation) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from tinsmith.errors import InvalidInput
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.store import Store
@@ -69,11 +70,16 @@ class Outbox:
 
     def _without_result(self, operation: Operation, error: BaseException) -> None:
         """It was executed, but its result cannot be kept."""
-        failure = Failure(
-            f"executed, but its result could not be kept ({type(error).__name__}, see the service's log)",
-            "server",
+        failure = Failure(str(error))
+        if not isinstance(error, InvalidInput):
+            what = f"({type(error).__name__}, see the service's log)"
+            failure = Failure(f"executed, but its result could not be kept {what}", "server")
+        self.commit(
+            operation,
+            lambda c: answers.free_name(c, operation),
+            error=_json(failure),
+            has_effect=operation.kind in ops.CHANGING,
         )
-        self.commit(operation, error=_json(failure), has_effect=operation.kind in ops.CHANGING)
 
     def failure(self, operation: Operation, failure: Failure, *, has_effect: bool = False) -> None:
         """has_effect: the operation changed the run although it failed, so a replay must execute it."""

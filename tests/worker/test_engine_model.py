@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
@@ -19,9 +21,10 @@ from transformers import (
 
 from tests.worker import tiny
 from tinsmith.errors import InvalidInput
-from tinsmith_worker.contract import LoraSpec
+from tinsmith_worker.contract import LoraSpec, SampleInput, SampleOutput
 from tinsmith_worker.engine import TorchEngine
-from tinsmith_worker.model import Base
+from tinsmith_worker.model import Base, fit_grouped_products
+from tinsmith_worker.sampler import TorchSampler
 
 SHAPE = {
     "vocab_size": 100,
@@ -42,8 +45,18 @@ REFUSED = {
         BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=100),
         "AttentionInterface",
     ),
-    "logits scaled after the output embedding": (GraniteConfig(**SHAPE, logits_scaling=8.0), "logits differ"),
-    "attention scores that are capped": (Gemma2Config(**SHAPE, head_dim=16), "caps its attention"),
+    "logits scaled after the output embedding": (
+        GraniteConfig(**SHAPE, logits_scaling=1.05),
+        "changes its logits after",
+    ),
+    "logits that are capped at last": (
+        Gemma2Config(**SHAPE, head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=30.0),
+        "changes its logits after",
+    ),
+    "attention scores that are capped": (
+        Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=None),
+        "caps its attention",
+    ),
     "a sliding window in use": (MistralConfig(**SHAPE, sliding_window=16), "sliding window"),
     "positions that stretch with the longest sequence": (
         LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
@@ -52,12 +65,13 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("config, sentence", REFUSED.values(), ids=REFUSED.keys())
 def test_architectures_it_would_compute_wrongly_are_refused_with_a_sentence(
-    config: object, sentence: str
+    config: object, sentence: str, dtype: torch.dtype
 ) -> None:
     with pytest.raises(InvalidInput, match=sentence):
-        Base(AutoModelForCausalLM.from_config(config))
+        Base(AutoModelForCausalLM.from_config(config).to(dtype))
 
 
 def test_a_model_with_learned_positions_is_served_rightly_or_not_at_all() -> None:
@@ -70,19 +84,81 @@ def test_a_model_with_learned_positions_is_served_rightly_or_not_at_all() -> Non
     assert {site.kind for site in base.sites} == {"attn", "mlp", "unembed"}
 
 
-def test_a_base_whose_packed_logits_are_not_its_own_is_refused() -> None:
-    class Scaled(torch.nn.Linear):
-        """An output embedding that does more than multiply, which the engine's head cannot know."""
+class Scaled(torch.nn.Linear):
+    """An output embedding that does more than multiply, which the engine's head cannot know."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 0.5 * super().forward(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.9 * super().forward(x)
 
-    model = tiny.model(tied=False)
+
+class Detached(torch.nn.Module):
+    """Says what it should and lets no gradient through."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+
+class Unlike(torch.nn.Module):
+    """An attention-like module that asks the config for what it does not have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.missing
+
+
+def test_an_output_embedding_that_does_more_than_multiply_is_refused() -> None:
+    model = tiny.model(tied=False, dtype=torch.bfloat16)
     head = Scaled(64, tiny.VOCABULARY, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
-    with pytest.raises(InvalidInput, match="logits differ"):
+    with pytest.raises(InvalidInput, match="output embedding is a Scaled"):
         Base(model)
+
+
+def test_states_changed_on_their_way_to_the_output_embedding_are_refused() -> None:
+    model = tiny.model(dtype=torch.bfloat16)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0.95,))
+    with pytest.raises(InvalidInput, match="states before the output embedding"):
+        Base(model)
+
+
+def test_a_model_that_cannot_train_is_refused() -> None:
+    model = tiny.model()
+    model.model.norm = torch.nn.Sequential(model.model.norm, Detached())
+    with pytest.raises(InvalidInput, match=r"cannot be served: it does not run, or not train"):
+        Base(model)
+
+
+def test_a_model_that_breaks_in_the_probe_is_refused_with_one_sentence() -> None:
+    model = tiny.model()
+    model.model.norm = Unlike()
+    with pytest.raises(InvalidInput, match=r"Qwen3ForCausalLM cannot be served: .*'missing'"):
+        Base(model)
+
+
+def test_a_vocabulary_of_any_size_leaves_the_layers_their_grouped_products() -> None:
+    assert fit_grouped_products(tiny.base(vocab_size=161).sites)
+    assert not fit_grouped_products(tiny.base(intermediate_size=97).sites)
+
+
+def test_heads_whose_values_are_narrower_than_their_queries_train_and_sample_as_in_transformers() -> None:
+    config = DeepseekV3Config(
+        **(SHAPE | {"num_key_value_heads": 2}), first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    prompt = torch.arange(20)[None]
+    wanted = model.generate(
+        input_ids=prompt, attention_mask=prompt >= 0, max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    sampler = TorchSampler(Base(model))
+    sampler.add(
+        SampleInput("r", "", np.arange(20, dtype=np.int32), 2, 8, seed=0, temperature=0, stop_tokens=())
+    )
+    answers = [answer for _ in range(9) for answer in sampler.step()]
+    assert isinstance(answers[0], SampleOutput), answers
+    for sequence in answers[0].sequences:
+        assert sequence.tokens.tolist() == wanted[0, 20:].tolist()
 
 
 def test_sites_are_all_linears_of_the_layers_and_the_output_embedding() -> None:

@@ -40,8 +40,9 @@ class CausalSequences:
         value_TGC: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """[T, H, C]; rows of padding hold finite values without meaning."""
-        if query_THC.is_cuda and query_THC.dtype != torch.float32 and not self._one_by_one:
+        """[T, H, C of the values]; rows of padding hold finite values without meaning."""
+        of_one_width = query_THC.shape[-1] == value_TGC.shape[-1]  # the kernel for all knows no other
+        if query_THC.is_cuda and query_THC.dtype != torch.float32 and of_one_width and not self._one_by_one:
             return self._together(query_THC, key_TGC, value_TGC, scale)
         return self._each(query_THC, key_TGC, value_TGC, scale)
 
@@ -66,7 +67,7 @@ class CausalSequences:
         parts = (x.split([*self._lengths, padding]) for x in (query_THC, key_TGC, value_TGC))
         each = list(zip(*parts, strict=True))[: len(self._lengths)]
         outputs = [_causal(query, key, value, scale) for query, key, value in each]
-        return torch.cat([*outputs, query_THC.new_zeros(padding, *query_THC.shape[1:])])
+        return torch.cat([*outputs, query_THC.new_zeros(padding, query_THC.shape[1], value_TGC.shape[2])])
 
 
 def _causal(

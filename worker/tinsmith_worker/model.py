@@ -4,7 +4,7 @@ Shapes: T packed tokens, D hidden, V vocabulary.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,15 +40,26 @@ class Base:
         # product. This is the size that torch takes on a Hopper GPU anyway.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         model.eval().requires_grad_(False)
+        architecture = type(model).__name__
+        try:
+            self._take_over(model, architecture, tokenizer)
+        except (InvalidInput, torch.OutOfMemoryError):
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            # Only running it tells what a model does: one unlike all others breaks somewhere in here.
+            raise InvalidInput(
+                f"{architecture} cannot be served: it does not run, or not train, in packed passes ({error})"
+            ) from error
+
+    def _take_over(self, model: Any, architecture: str, tokenizer: str) -> None:
         self._model, self._decoder = model, model.base_model
         config = model.config.get_text_config()
         self._embedding = model.get_input_embeddings()
         output = model.get_output_embeddings()
+        _refuse_unsupported(model, config, architecture)
         head_site = next(name for name, module in model.named_modules() if module is output)
         self.head = Head(head_site, output.weight, output.bias)
         self.device, self.dtype = output.weight.device, output.weight.dtype
-        architecture = type(model).__name__
-        _refuse_unsupported(model, config, architecture)
         self.facts = ModelFacts(
             vocab_size=min(output.weight.shape[0], self._embedding.weight.shape[0]),
             max_context_length=int(config.max_position_embeddings),
@@ -56,15 +67,16 @@ class Base:
             tokenizer=tokenizer,
         )
         self._current = Current()
-        expected = self._probe_alone()
+        expected = self._probe_alone(architecture)
         self.sites = (
             *self._replace_linears(config),
             Site(head_site, "unembed", inputs=output.weight.shape[1], outputs=output.weight.shape[0]),
         )
         AttentionInterface.register(_ATTENTION, _attention)
         model.set_attn_implementation(_ATTENTION)
-        in_sixteen_bytes = all(site.inputs % 8 == site.outputs % 8 == 0 for site in self.sites)
-        self.grouped_deltas = self.device.type == "cuda" and self.dtype == torch.bfloat16 and in_sixteen_bytes
+        self.grouped_deltas = (
+            self.device.type == "cuda" and self.dtype == torch.bfloat16 and fit_grouped_products(self.sites)
+        )
         self.one_by_one = False
         self._check_against(expected, architecture)
 
@@ -125,26 +137,62 @@ class Base:
                 parent.tinsmith_current = self._current  # type: ignore[assignment]
                 yield site
 
-    def _probe_alone(self) -> list[torch.Tensor]:
-        """The untouched model's logits of a few sequences, each by itself."""
-        with torch.no_grad():
-            return [
-                self._model(input_ids=tokens_T.unsqueeze(0), use_cache=False).logits[0].float()
-                for tokens_T in self._probe_tokens().split(_PROBE_LENGTHS)
-            ]
+    def _probe_alone(self, architecture: str) -> list[torch.Tensor]:
+        """The untouched model's logits of a few sequences, each by itself.
+
+        InvalidInput unless they are the output embedding's product with the decoder's last hidden states and
+        nothing else: that is all our head computes.
+        """
+        hidden: list[torch.Tensor] = []
+        given: list[torch.Tensor] = []
+        product: list[torch.Tensor] = []
+
+        def see_states(_: Any, __: Any, output: Any) -> None:
+            hidden.append(output.last_hidden_state)
+
+        def see_product(_: Any, inputs: Any, output: torch.Tensor) -> None:
+            given.append(inputs[0])
+            product.append(output)
+
+        hooks = [
+            self._decoder.register_forward_hook(see_states),
+            self._model.get_output_embeddings().register_forward_hook(see_product),
+        ]
+        try:
+            with torch.no_grad():
+                logits = [
+                    self._model(input_ids=tokens_T.unsqueeze(0), use_cache=False).logits.float()
+                    for tokens_T in self._probe_tokens().split(_PROBE_LENGTHS)
+                ]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not all(torch.equal(taken, made) for taken, made in zip(given, hidden, strict=True)):
+            raise InvalidInput(
+                f"{architecture} cannot be served: it changes its states before the output embedding"
+            )
+        if not all(torch.equal(made.float(), said) for made, said in zip(product, logits, strict=True)):
+            raise InvalidInput(
+                f"{architecture} cannot be served: it changes its logits after the output embedding, "
+                "as logit scaling and soft caps do"
+            )
+        return [said.squeeze(0) for said in logits]
 
     def _probe_tokens(self) -> torch.Tensor:
         numbers_T = torch.arange(sum(_PROBE_LENGTHS), device=self.device)
         return (numbers_T * 7919 + 13) % self.facts.vocab_size
 
     def _check_against(self, expected: list[torch.Tensor], architecture: str) -> None:
-        """Packed through our attention, linears and head, the base must say what it said by itself."""
+        """Packed through our attention, linears and head, the base must say what it said by itself, and
+        its gradients must come through."""
         positions_T = torch.cat([torch.arange(n, device=self.device) for n in _PROBE_LENGTHS])
-        segment = Segment(0, len(positions_T), None)
+        adapter = self.new_adapter(LoraSpec(rank=1, seed=0))  # B is zero: it adds nothing
+        adapter.open_gradient()
+        segment = Segment(0, len(positions_T), adapter)
         attention = CausalSequences(np.array(_PROBE_LENGTHS))
-        with torch.no_grad():
+        with torch.enable_grad():
             hidden_TD = self.forward(Stream(self._probe_tokens(), positions_T, (segment,), attention))
-        found = self.head.logits(hidden_TD, None)
+        found = self.head.logits(hidden_TD.detach(), None)
         wanted = torch.cat(expected)
         error = float((found - wanted).norm() / wanted.norm())
         # Depth multiplies what rounding starts; a wrong position or mask is off by about 100 %.
@@ -153,9 +201,21 @@ class Base:
                 f"{architecture} cannot be served: packed, its logits differ by {error:.1%} from its own; "
                 "it does something with attention, positions or logits that this engine does not know of"
             )
+        # Not the same everywhere: a norm's gradient would be zero.
+        hidden_TD.backward(torch.linspace(-1, 1, hidden_TD.numel()).view_as(hidden_TD).to(hidden_TD))
+        assert adapter.gradient is not None
+        if not 0 < float(adapter.gradient.norm()) < float("inf"):
+            raise InvalidInput(
+                f"{architecture} cannot be trained: its gradients do not come through or are not finite"
+            )
 
 
 _PROBE_LENGTHS = [40, 24]
+
+
+def fit_grouped_products(sites: Sequence[Site]) -> bool:
+    """grouped_mm loads 16 bytes at a time. The head, whose size is the vocabulary's, does without."""
+    return all(site.inputs % 8 == site.outputs % 8 == 0 for site in sites if site.kind != "unembed")
 
 
 def _layers(decoder: Any, config: Any) -> list[tuple[str, nn.Module]]:
@@ -168,6 +228,9 @@ def _layers(decoder: Any, config: Any) -> list[tuple[str, nn.Module]]:
 
 def _refuse_unsupported(model: Any, config: Any, architecture: str) -> None:
     refused = f"{architecture} cannot be served: "
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        kind = type(model.get_output_embeddings()).__name__
+        raise InvalidInput(refused + f"its output embedding is a {kind}, not a plain nn.Linear")
     if not model._supports_attention_backend:
         raise InvalidInput(refused + "transformers has no exchangeable attention (AttentionInterface) for it")
     layers = _layers(model.base_model, config)

@@ -22,14 +22,20 @@ class Piece:
     stop: int
 
 
+def whole_steps(length: int) -> int:
+    """What a slot takes that is to hold `length` tokens."""
+    return -(-length // _STEP) * _STEP
+
+
 class Cache:
-    """[S, G, L, C] keys and values for each layer, made as the layers first appear.
+    """[S, G, L, C] keys and values for each layer; the values' C may be another.
 
     Slots are used densely from 0. What lies past the end of a sequence is finite, so that a mask can remove
     it (0 * NaN would not be 0): a slot given up must be made `clean`.
     """
 
     def __init__(self) -> None:
+        """Without layers: they are made by the first pass, which should be of a single token."""
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.slots = 0
@@ -41,15 +47,24 @@ class Cache:
         tensors = (*self.keys, *self.values)
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Hold at least `slots` x `length`; what the first `slots` slots have is kept."""
+    def reserve(self, slots: int, length: int, max_bytes: int = 0) -> None:
+        """Hold at least `slots` x `length`; what the first `slots` slots have is kept.
+
+        Some more slots are made ready as far as `max_bytes` allows. Where memory ends, torch's RuntimeError
+        rises and every sequence that was held is still held.
+        """
         if slots <= self.slots and length <= self.length:
             return
-        self.slots, self.length = slots + slots // 4, -(-length // _STEP) * _STEP
-        for layer in range(len(self.keys)):
-            # One at a time: a layer's old tensor is free before the next one grows.
-            self.keys[layer] = self._grown(self.keys[layer])
-            self.values[layer] = self._grown(self.values[layer])
+        length = whole_steps(length)
+        affordable = max_bytes // max(1, self.token_bytes * length)
+        slots = max(slots, min(slots + slots // 4, affordable))
+        # Until all tensors have grown, what the smallest of them holds is what the cache holds.
+        self.slots, self.length = min(self.slots, slots), min(self.length, length)
+        for tensors in (self.keys, self.values):
+            for layer, tensor_SGLC in enumerate(tensors):
+                # One at a time: a layer's old tensor is free before the next one grows.
+                tensors[layer] = self._grown(tensor_SGLC, slots, length)
+        self.slots, self.length = slots, length
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Slot by slot; none may be in both."""
@@ -62,21 +77,25 @@ class Cache:
 
     def clear(self) -> None:
         """Give the memory back."""
-        self.keys, self.values = [], []
+        for tensors in (self.keys, self.values):
+            tensors[:] = [t.new_zeros((0, t.shape[1], 0, t.shape[3])) for t in tensors]
         self.slots = self.length = 0
 
-    def layer(self, layer: int, like_TGC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's keys and values, made in the form of `like_TGC` if this is its first pass."""
+    def layer(
+        self, layer: int, key_TGC: torch.Tensor, value_TGC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values, made in the form of these if this is its first pass."""
         while len(self.keys) <= layer:
-            shape = (self.slots, like_TGC.shape[1], self.length, like_TGC.shape[2])
-            self.keys.append(like_TGC.new_zeros(shape))
-            self.values.append(like_TGC.new_zeros(shape))
+            made = [
+                x.new_zeros((self.slots, x.shape[1], self.length, x.shape[2])) for x in (key_TGC, value_TGC)
+            ]
+            self.keys.append(made[0])
+            self.values.append(made[1])
         return self.keys[layer], self.values[layer]
 
-    def _grown(self, old_SGLC: torch.Tensor) -> torch.Tensor:
-        new_SGLC = old_SGLC.new_zeros((self.slots, old_SGLC.shape[1], self.length, old_SGLC.shape[3]))
-        slots, length = min(self.slots, old_SGLC.shape[0]), min(self.length, old_SGLC.shape[2])
-        new_SGLC[:slots, :, :length] = old_SGLC[:slots, :, :length]
+    def _grown(self, old_SGLC: torch.Tensor, slots: int, length: int) -> torch.Tensor:
+        new_SGLC = old_SGLC.new_zeros((slots, old_SGLC.shape[1], length, old_SGLC.shape[3]))
+        new_SGLC[: self.slots, :, : self.length] = old_SGLC[: self.slots, :, : self.length]
         return new_SGLC
 
 
@@ -95,8 +114,8 @@ class Prefill:
         value_TGC: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC)
-        attended_THC = torch.empty_like(query_THC)
+        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC, value_TGC)
+        attended_THC = query_THC.new_empty((*query_THC.shape[:2], value_TGC.shape[2]))
         row = 0
         for piece in self.pieces:
             rows = slice(row, row + piece.stop - piece.start)
@@ -166,7 +185,7 @@ class Decode:
         value_TGC: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC)
+        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC, value_TGC)
         keys_SGLC[self.slots_N, :, self.positions_N] = key_TGC
         values_SGLC[self.slots_N, :, self.positions_N] = value_TGC
         rows, heads, channels = query_THC.shape
@@ -181,4 +200,4 @@ class Decode:
             attn_mask=self.mask_S11L,
             scale=scale,
         )
-        return attended_SGRC[self.slots_N].reshape(rows, heads, channels)
+        return attended_SGRC[self.slots_N].reshape(rows, heads, value_TGC.shape[2])

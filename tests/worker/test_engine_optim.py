@@ -136,14 +136,54 @@ def test_an_eps_of_zero_is_refused_with_a_sentence() -> None:
     assert "eps" in answer.message
 
 
-def test_training_lowers_the_loss_in_bfloat16_too() -> None:
-    """Steps far below a bfloat16 weight's resolution must add up in the float32 masters."""
-    engine = TorchEngine(tiny.base(dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    "params, named",
+    [
+        (replace(PLAIN, eps=1e-46), "eps"),
+        (replace(PLAIN, eps=float("nan")), "eps"),
+        (replace(PLAIN, eps=1e39), "eps"),
+        (AdamParams(3.5e37), "learning_rate"),
+        (AdamParams(float("nan")), "learning_rate"),
+        (AdamParams(1e30, weight_decay=1e30), "weight_decay"),
+        (AdamParams(1e-4, weight_decay=float("inf")), "weight_decay"),
+        (replace(PLAIN, beta1=1.0), "beta1"),
+        (replace(PLAIN, beta2=1.5), "beta2"),
+    ],
+    ids=str,
+)
+def test_parameters_that_float32_cannot_compute_with_fail_the_step_and_leave_even_the_gradient(
+    params: AdamParams, named: str
+) -> None:
+    engine = TorchEngine(tiny.base())
     engine.create("run", LoraSpec(8, 0))
+    engine.forward_backward([Work("run", tiny.batch())])
+    before = engine.state("run")
+    answer = engine.optim_step("run", params)
+    assert isinstance(answer, Failure)
+    assert (answer.category, named in answer.message) == ("user", True)
+    after = engine.state("run")
+    assert (after.step, after.moment1, after.moment2) == (0, None, None)
+    assert np.array_equal(after.weights, before.weights)
+    assert before.gradient is not None
+    assert np.array_equal(after.gradient, before.gradient)
+    assert isinstance(engine.optim_step("run", PLAIN), dict)
+
+
+def test_steps_far_below_a_bfloat16_weights_resolution_add_up_in_the_masters() -> None:
+    """The same training with the weights rounded after every step hardly gets anywhere."""
     given = tiny.batch(lengths=(30, 30))
     given.columns["weights"][:] = 1
-    sums = []
-    for _ in range(12):
-        sums.append(float(engine.forward_backward([Work("run", given)])[0].losses_T.sum()))
-        engine.optim_step("run", AdamParams(2e-3))
-    assert sums[-1] < 0.9 * sums[0]
+    fall = {}
+    for rounded in (False, True):
+        engine = TorchEngine(tiny.base(dtype=torch.bfloat16))
+        engine.restore("run", tiny.trained(engine.base, LoraSpec(8, 0)))
+        weights = engine._adapters["run"].weights
+        sums = []
+        for _ in range(25):
+            if rounded:
+                weights.copy_(weights.bfloat16())
+            sums.append(float(engine.forward_backward([Work("run", given)])[0].losses_T.sum()))
+            engine.optim_step("run", AdamParams(5e-5))
+        fall[rounded] = sums[0] - sums[-1]
+    assert fall[False] > 1
+    assert fall[False] > 2 * fall[True]

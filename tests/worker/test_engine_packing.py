@@ -84,15 +84,15 @@ def test_in_deterministic_mode_operations_given_together_or_one_by_one_leave_the
     assert np.array_equal(together.state("ada").gradient, one_by_one.state("ada").gradient)
 
 
-def test_in_deterministic_mode_more_threads_change_no_bit() -> None:
+def test_in_deterministic_mode_more_or_fewer_threads_change_no_bit() -> None:
     """Three shares of 256 x 352 elements end in the middle of a vector, where torch's silu rounds otherwise."""
     before = torch.get_num_threads()
     given = tiny.batch("ppo", (82, 27, 96), seed=2)
     other = tiny.batch("ppo", (250, 243), seed=3)
     found = []
     try:
-        for neighbours in ([], [Work("other", other)]):
-            torch.set_num_threads(4)
+        for threads, neighbours in ((4, []), (4, [Work("other", other)]), (1, []), (2, [])):
+            torch.set_num_threads(threads)
             base = tiny.base(hidden_size=128, intermediate_size=352)
             engine = TorchEngine(base, EngineSettings(deterministic=True))
             engine.restore("other", tiny.trained(base, LoraSpec(8, 1)))
@@ -101,7 +101,7 @@ def test_in_deterministic_mode_more_threads_change_no_bit() -> None:
             found.append(engine.state("run").gradient)
     finally:
         torch.set_num_threads(before)
-    assert np.array_equal(*found)
+    assert all(np.array_equal(found[0], again) for again in found[1:])
 
 
 def test_settings_of_a_loss_are_each_operations_own() -> None:
@@ -169,7 +169,7 @@ def test_infinite_ratios_stay_in_their_own_operation(alone: Results) -> None:
     assert tiny.worst(engine.state("ada").gradient, alone["ada"][3]) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 def test_grouped_products_equal_the_loop_over_adapters(dtype: torch.dtype, tolerance: float) -> None:
     results = []
     for grouped in (False, True):
@@ -180,8 +180,8 @@ def test_grouped_products_equal_the_loop_over_adapters(dtype: torch.dtype, toler
         results.append(train(engine, list(TENANTS)))
     for run in TENANTS:
         for a, b in zip(results[0][run], results[1][run], strict=True):
-            scale = max(1.0, float(np.abs(a).max()))
-            assert np.linalg.norm(a - b) <= tolerance * scale * np.sqrt(a.size), run
+            assert 0 < np.linalg.norm(a) < np.inf, run
+            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), run
 
 
 def test_adapters_of_one_pass_go_through_one_grouped_product() -> None:

@@ -287,6 +287,7 @@ def test_what_does_not_fit_waits_and_is_sampled_all_the_same(
 ) -> None:
     expected = run(sampler, *mixed_requests())
     found = run(make(base, states, settings), *mixed_requests())
+    assert found.keys() == expected.keys()
     for name, answer in found.items():
         assert_same(answer, expected[name])
 

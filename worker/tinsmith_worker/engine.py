@@ -29,7 +29,7 @@ _LEAST_ROWS = 64
 class EngineSettings:
     """max_tokens_per_pass: how much goes through the model at once; activations grow with it.
     deterministic: a run's bits never depend on what shares its passes. It costs speed on a GPU, and a CPU is
-    used with two threads at most.
+    used with two threads.
     """
 
     max_tokens_per_pass: int = 8192
@@ -249,5 +249,6 @@ def _make_deterministic(base: Base) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         # Threads share the elements of a map evenly, and the last few of a share take a path that rounds
-        # otherwise. Halves of a stream end between two rows; thirds, which four threads may make, do not.
-        torch.set_num_threads(min(2, torch.get_num_threads()))
+        # otherwise. Halves of a stream end between two rows; thirds, which four threads may make, do not. And
+        # one thread alone adds up some sums in another order than two: always two, whatever the machine has.
+        torch.set_num_threads(2)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from tinsmith_worker.adapters import Adapter
@@ -13,10 +14,11 @@ def step(adapter: Adapter, params: AdamParams) -> dict[str, float] | Failure:
 
     Clipping is torch.nn.utils.clip_grad_norm_ over all of the adapter's tensors. The metrics are `grad_norm`
     (before clipping), `step` and `learning_rate`. A gradient that is not finite is a Failure: it is cleared,
-    everything else stays as it was. Waits for the device, once.
+    everything else stays as it was. Parameters that float32 cannot compute with are a Failure that leaves
+    the gradient as well. Waits for the device, once.
     """
-    if not params.eps > 0:
-        return Failure(f"eps is {params.eps}: AdamW needs one above 0, or a zero gradient divides 0 by 0")
+    if trouble := _trouble(params, adapter.step + 1):
+        return Failure(trouble)
     adapter.open_gradient()
     gradient = adapter.gradient
     assert gradient is not None
@@ -34,6 +36,33 @@ def step(adapter: Adapter, params: AdamParams) -> dict[str, float] | Failure:
     adapter.refresh()
     adapter.clear_gradient()
     return {"grad_norm": grad_norm, "step": float(adapter.step), "learning_rate": params.learning_rate}
+
+
+def _trouble(params: AdamParams, step: int) -> str:
+    """Why this step would break off half-way or make weights that are no numbers; "" if it would not."""
+    if not 0 < _float32(params.eps) < math.inf:
+        return (
+            f"eps is {params.eps}, which is {_float32(params.eps)} in float32: AdamW needs a finite one above 0, "
+            "or a zero gradient divides 0 by 0"
+        )
+    for name, beta in (("beta1", params.beta1), ("beta2", params.beta2)):
+        if not (0 <= beta < 1):
+            return f"{name} is {beta}: it must be at least 0 and below 1"
+    if not math.isfinite(_float32(params.learning_rate / (1 - params.beta1**step))):
+        return (
+            f"learning_rate {params.learning_rate} makes a step too large for float32: choose a smaller one"
+        )
+    if not math.isfinite(_float32(1 - params.learning_rate * params.weight_decay)):
+        return (
+            f"learning_rate {params.learning_rate} times weight_decay {params.weight_decay} is too large for "
+            "float32: choose smaller ones"
+        )
+    return ""
+
+
+def _float32(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 def _adamw(adapter: Adapter, gradient: torch.Tensor, params: AdamParams) -> None:

@@ -1,6 +1,7 @@
 """Adapters as files: the same bits back, the same training after, and PEFT reads them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,34 @@ def test_files_that_are_no_checkpoint_are_refused_with_a_sentence() -> None:
         with pytest.raises(InvalidInput, match="no adapter checkpoint") as raised:
             checkpoints.read(given)
         assert len(str(raised.value)) < 300, what
+
+
+def test_a_description_that_no_writer_made_is_refused_with_a_sentence() -> None:
+    files = checkpoints.write(trained_engine(LoraSpec(8, 0)).state("run"), "tiny")
+    about = json.loads(files[checkpoints.SPEC])
+    (name, offset, shape), *others = about["tensors"]
+    far = [[n, o + (1 << 40), s] for n, o, s in about["tensors"]]
+    spoiled: list[dict[str, object]] = [
+        {"spec": about["spec"] | {"rank": rank}} for rank in (0, -1, "8", 1.5, True, None)
+    ]
+    spoiled += [{"spec": about["spec"] | {"train_mlp": 1}}, {"spec": about["spec"] | {"seed": "x"}}]
+    spoiled += [{"size": str(about["size"])}, {"size": 1e400}, {"size": -1}]
+    spoiled += [{"tensors": [[name, offset, [1 << 40, 1 << 40]], *others], "size": 1 << 80}]
+    spoiled += [{"tensors": [[name, offset, [1 << 30, *shape]], *others]}, {"tensors": others}]
+    spoiled += [{"tensors": far, "size": about["size"] + (1 << 40)}, {"tensors": [[name, 1e400, shape]]}]
+    for change in spoiled:
+        with pytest.raises(InvalidInput, match="no adapter checkpoint") as raised:
+            checkpoints.read(files | {checkpoints.SPEC: json.dumps(about | change).encode()})
+        assert len(str(raised.value)) < 300, change
+    deep = b"[" * 100_000
+    with pytest.raises(InvalidInput, match="no adapter checkpoint"):
+        checkpoints.read(files | {checkpoints.SPEC: deep})
+
+
+def test_a_negative_step_is_refused() -> None:
+    state = trained_engine(LoraSpec(8, 0)).state("run")
+    with pytest.raises(InvalidInput, match="its step is -3"):
+        checkpoints.read(checkpoints.write(replace(state, step=-3), "tiny"))
 
 
 def test_initial_weights_follow_from_the_seed_as_peft_draws_them() -> None:

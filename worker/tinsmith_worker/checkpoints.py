@@ -24,6 +24,8 @@ OPTIMIZER = "optimizer.safetensors"
 SPEC = "tinsmith.json"
 
 _FORMAT = 1
+_SPOILED = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, safetensors.SafetensorError)
+_MAX_GAP = 1024  # elements between two tensors, where an engine aligns them
 _Tensors = tuple[tuple[str, int, tuple[int, ...]], ...]
 
 
@@ -60,7 +62,7 @@ def read(files: Mapping[str, bytes]) -> AdapterState:
         raise
     except KeyError as missing:
         raise InvalidInput(f"this is no adapter checkpoint: {missing} is missing") from None
-    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+    except _SPOILED as error:
         raise InvalidInput(f"this is no adapter checkpoint: {error}") from None
 
 
@@ -68,17 +70,21 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
     about = json.loads(files[SPEC])
     _expect(about["format"] == _FORMAT, f"{SPEC} is of format {about['format']}, not {_FORMAT}")
     spec = LoraSpec(**about["spec"])
+    _check_spec(spec)
     tensors = tuple(
-        (str(name), int(offset), tuple(map(int, shape))) for name, offset, shape in about["tensors"]
+        (str(name), _integer(offset), tuple(map(_integer, shape))) for name, offset, shape in about["tensors"]
     )
-    size = int(about["size"])
+    size = _integer(about["size"])
     _check_layout(tensors, size)
     given = safetensors_numpy.load(files[WEIGHTS])
-    weights = np.zeros(size, np.float32)
-    for name, offset, shape in tensors:
+    # All of it before the buffer is made: what the file really holds bounds what is allocated.
+    for name, _, shape in tensors:
         _expect(
             given[name].shape == shape and given[name].dtype == np.float32, f"{name} is not float32 {shape}"
         )
+    _expect(len(given) == len(tensors), f"{WEIGHTS} holds tensors that {SPEC} does not name")
+    weights = np.zeros(size, np.float32)
+    for name, offset, shape in tensors:
         _at(weights, offset, shape)[...] = given[name]
     optimizer = safetensors_numpy.load(files[OPTIMIZER]) if OPTIMIZER in files else {}
     for name, values in optimizer.items():
@@ -87,6 +93,8 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
             (values.shape, values.dtype.name) == expected,
             f"{name} is not {expected[1]} {expected[0]}",
         )
+    step = int(optimizer["step"][0]) if optimizer else 0
+    _expect(step >= 0, f"its step is {step}")
     return AdapterState(
         spec=spec,
         tensors=tensors,
@@ -94,17 +102,35 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
         moment1=optimizer.get("moment1"),
         moment2=optimizer.get("moment2"),
         gradient=optimizer.get("gradient"),
-        step=int(optimizer["step"][0]) if optimizer else 0,
+        step=step,
     )
+
+
+def _check_spec(spec: LoraSpec) -> None:
+    _expect(_integer(spec.rank) > 0, f"its rank is {spec.rank}")
+    _integer(spec.seed)
+    for name in ("train_attn", "train_mlp", "train_unembed"):
+        _expect(isinstance(getattr(spec, name), bool), f"{name} is neither true nor false")
 
 
 def _check_layout(tensors: _Tensors, size: int) -> None:
     """One after another within `size`, which is what gets allocated: hardly more than they need."""
     end = 0
     for name, offset, shape in tensors:
-        _expect(offset >= end and all(n > 0 for n in shape), f"{name} lies at {offset}, before {end}")
+        _expect(
+            end <= offset <= end + _MAX_GAP and all(n > 0 for n in shape),
+            f"{name} lies at {offset}, the tensor before it ends at {end}",
+        )
         end = offset + math.prod(shape)
-    _expect(end <= size <= end + 1024, f"its tensors end at {end}, its size is {size}")
+    _expect(end <= size <= end + _MAX_GAP, f"its tensors end at {end}, its size is {size}")
+    _expect(len({name for name, _, _ in tensors}) == len(tensors), "it names a tensor twice")
+
+
+def _integer(value: object) -> int:
+    """A JSON integer; not true, not 1.0, not "1"."""
+    if type(value) is not int:
+        raise InvalidInput(f"this is no adapter checkpoint: {str(value)[:40]!r} is no integer")
+    return value
 
 
 def _expect(condition: bool, otherwise: str) -> None:

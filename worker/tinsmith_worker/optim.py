@@ -42,7 +42,7 @@ def _trouble(params: AdamParams, step: int) -> str:
     """Why this step would break off half-way or make weights that are no numbers; "" if it would not."""
     if not 0 < _float32(params.eps) < math.inf:
         return (
-            f"eps is {params.eps}, which is {_float32(params.eps)} in float32: AdamW needs a finite one above 0, "
+            f"eps is {params.eps}, which is {_float32(params.eps)} in float32: AdamW needs one above 0, "
             "or a zero gradient divides 0 by 0"
         )
     for name, beta in (("beta1", params.beta1), ("beta2", params.beta2)):

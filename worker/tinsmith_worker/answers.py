@@ -16,6 +16,7 @@ from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.tables import sampled_sequences
 from tinsmith_worker.contract import SampledSequence, SampleOutput
+from tinsmith_worker.targets import answered
 
 Json = dict[str, Any]
 
@@ -74,7 +75,7 @@ def free_name(connection: sa.Connection, operation: Operation) -> None:
         checkpoints.free_name(connection, operation.request_id)
 
 
-def sampled(output: SampleOutput) -> bytes:
+def sampled(output: SampleOutput, task: pb.SampleTask) -> bytes:
     message = pb.SampleResponse(prompt_cache_hit_tokens=output.cache_hit_tokens)
     for sequence in output.sequences:
         message.sequences.append(_sequence(sequence))
@@ -85,7 +86,9 @@ def sampled(output: SampleOutput) -> bytes:
             samples.topk(output.topk_prompt.token_ids, output.topk_prompt.logprobs)
         )
     if output.target_prompt_logprobs is not None:
-        message.target_prompt_logprobs.CopyFrom(samples.dense(output.target_prompt_logprobs))
+        message.target_prompt_logprobs.CopyFrom(
+            answered(task.target_prompt_logprobs, output.target_prompt_logprobs)
+        )
     if output.prompt_alt_tokens is not None:
         message.prompt_alt_tokens.tokens.CopyFrom(samples.dense(output.prompt_alt_tokens.token_ids))
         message.prompt_alt_tokens.logprobs.CopyFrom(samples.dense(output.prompt_alt_tokens.logprobs))

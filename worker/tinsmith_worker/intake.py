@@ -25,6 +25,7 @@ from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import checkpoints
 from tinsmith_worker.contract import AdapterState, Failure, ModelFacts, SampleInput
+from tinsmith_worker.targets import asked
 
 log = logging.getLogger("tinsmith.worker")
 
@@ -188,7 +189,7 @@ class Intake:
 def sample_input(request_id: str, task: pb.SampleTask) -> SampleInput:
     targets = None
     if task.HasField("target_prompt_logprobs"):
-        targets = np.asarray(datums.array(task.target_prompt_logprobs), np.int64)
+        targets = asked(task.target_prompt_logprobs)
     return SampleInput(
         request_id=request_id,
         sampler_id=task.object_prefix,

@@ -81,7 +81,7 @@ class Sampling:
             return
         self._outbox.result(
             event.operation,
-            lambda: answers.sampled(output),
+            lambda: answers.sampled(output, event.task),
             also=lambda c: answers.record_sequences(c, event.operation, event.task, output),
         )
 

@@ -26,6 +26,8 @@ from tinsmith_worker.contract import (
 from tinsmith_worker.engine import TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
+from tinsmith_worker.sampler.cache import Cache
+from tinsmith_worker.sampler.torch_sampler import _by_adapter
 from tinsmith_worker.stream import Stream
 
 PROMPT = np.array([1, 319, 201, 42, 75, 383, 900, 77, 1300, 12, 450], np.int32)
@@ -560,6 +562,113 @@ def test_a_prompt_that_cannot_be_read_fails_alone(base: Base, sampler: TorchSamp
     assert (bad[1].category, "out of memory" in bad[1].message) == ("server", True)
     assert isinstance(good, SampleOutput)
     assert_same(good, expected)
+
+
+def named(answers: Iterator[Answer]) -> dict[str, Answer]:
+    return {a.request_id if isinstance(a, SampleOutput) else a[0]: a for a in answers}
+
+
+def test_a_token_that_cannot_be_sampled_fails_its_own_request_alone(
+    base: Base, sampler: TorchSampler
+) -> None:
+    """The others' tokens are those of an undisturbed run: trying again draws no other number."""
+    asked = [request("good", num_samples=2), request("bad", seed=77), request("waiting", seed=6)]
+    expected = run(sampler, *asked)
+    others = {t for name in ("good", "waiting") for s in expected[name].sequences for t in s.tokens.tolist()}
+    poison = next(t for t in expected["bad"].sequences[0].tokens[2:].tolist() if t not in others)
+    shaky: Any = Poisoned(base, poison)
+    shaken = TorchSampler(shaky, settings=SamplerSettings(max_sequences=3))
+    for given in asked:
+        shaken.add(given)
+    found = named(answers(shaken))
+    bad = found.pop("bad")
+    assert isinstance(bad, tuple)
+    assert (bad[1].category, "out of memory" in bad[1].message) == ("server", True)
+    assert found.keys() == {"good", "waiting"}
+    for name, answer in found.items():
+        assert isinstance(answer, SampleOutput), answer
+        assert_same(answer, expected[name])
+
+
+class Small(Cache):
+    """A cache whose last tensor finds no memory for more than `limit` tokens, when all others have grown."""
+
+    limit = 512
+
+    def _grown(self, old_SGLC: torch.Tensor, slots: int, length: int) -> torch.Tensor:
+        if old_SGLC is self.values[-1] and slots * length > self.limit:
+            raise RuntimeError("no memory")
+        return super()._grown(old_SGLC, slots, length)
+
+
+def test_what_finds_no_memory_waits_or_fails_alone(base: Base, sampler: TorchSampler) -> None:
+    asked = [request("grows too long", max_tokens=700, prompt=np.tile(PROMPT, 11))]
+    asked += [request(f"fits {n}", max_tokens=20, num_samples=3, seed=n) for n in range(3)]
+    asked += [request("never fits", prompt=np.resize(PROMPT, 1000))]
+    expected = run(sampler, *asked[1:4])
+    small = TorchSampler(base)
+    small._cache = Small()
+    for given in asked:
+        small.add(given)
+    found = named(answers(small))
+    for name in ("grows too long", "never fits"):
+        failed = found.pop(name)
+        assert isinstance(failed, tuple)
+        assert (failed[1].category, "no memory" in failed[1].message) == ("server", True)
+    assert found.keys() == expected.keys()
+    for name, answer in found.items():
+        assert isinstance(answer, SampleOutput), answer
+        assert_same(answer, expected[name])
+
+
+def test_a_cache_that_cannot_grow_holds_what_it_held() -> None:
+    cache = Small()
+    cache.reserve(2, 128)
+    one_token = torch.ones(1, 1, 4)
+    for layer in range(2):
+        for tensor in cache.layer(layer, one_token, one_token):
+            tensor[:, :, :100] = layer + 1
+    for slots, length in ((5, 128), (2, 300), (3, 300)):
+        with pytest.raises(RuntimeError, match="no memory"):
+            cache.reserve(slots, length)
+        assert cache.slots >= 2
+        assert cache.length >= 100
+        for layer, tensor in [*enumerate(cache.keys), *enumerate(cache.values)]:
+            assert tensor.shape[0] >= cache.slots
+            assert tensor.shape[2] >= cache.length
+            assert bool((tensor[:2, :, :100] == layer + 1).all())
+    cache.reserve(4, 128)
+    assert (cache.slots, cache.length) == (4, 128)
+    assert all(bool((t[:2, :, :100] == 2).all()) for t in (cache.keys[1], cache.values[1]))
+
+
+def test_spare_slots_are_made_only_within_the_caches_bytes() -> None:
+    for affordable, expected in ((9, 9), (100, 10), (2, 8)):
+        cache = Cache()
+        cache.reserve(1, 1)
+        cache.layer(0, torch.ones(1, 1, 4), torch.ones(1, 1, 4))
+        cache.reserve(8, 128, max_bytes=affordable * 128 * cache.token_bytes)
+        assert cache.keys[0].shape[0] == cache.slots == expected
+
+
+def test_alternatives_at_a_temperature_near_zero_are_the_likeliest_tokens(sampler: TorchSampler) -> None:
+    greedy, cold = (one(sampler, prompt_alt_tokens_k=2, temperature=t).prompt_alt_tokens for t in (0, 1e-42))
+    assert greedy is not None
+    assert cold is not None
+    assert np.array_equal(cold.token_ids, greedy.token_ids)
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_targets_as_they_come_from_the_wire_are_taken_without_a_warning(sampler: TorchSampler) -> None:
+    targets = np.frombuffer(np.full((len(PROMPT) - 1, 1), 7).tobytes(), np.int64).reshape(-1, 1)
+    assert not targets.flags.writeable
+    assert one(sampler, target_prompt_logprobs=targets).target_prompt_logprobs is not None
+
+
+def test_rows_of_the_base_alone_are_no_gap_among_the_adapters_rows(base: Base) -> None:
+    wide, narrow = base.new_adapter(SPECS["wide"]), base.new_adapter(SPECS["narrow"])
+    adapters = [wide, None, narrow, None, wide]
+    assert _by_adapter(range(5), adapters) == [1, 3, 0, 4, 2]
 
 
 def test_a_cancelled_request_is_gone_wherever_it_was(base: Base) -> None:

@@ -1,4 +1,4 @@
-"""target_prompt_logprobs between the wire and the sampler: a cell that a sparse tensor leaves out is not asked.
+"""target_prompt_logprobs between the wire and the sampler: what a sparse one leaves out is not asked.
 
 Shapes: P tokens of the prompt, K columns.
 """

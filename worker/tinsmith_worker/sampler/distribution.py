@@ -12,7 +12,7 @@ import torch
 PROMPT_STREAM = 1 << 63
 
 # Logits that differ at all in float32 differ by more; a smaller divisor could only make a NaN of 0 / 0.
-_COLDEST = 1e-7
+COLDEST = 1e-7
 
 
 def random_stream(seed: int, stream: int) -> np.random.Generator:
@@ -42,7 +42,7 @@ class Filters:
     @classmethod
     def of(cls, settings: list[tuple[float, int, float]], vocab_size: int, device: torch.device) -> "Filters":
         """settings: (temperature, top_k, top_p) of every row; top_k -1 and top_p 1 are off."""
-        temperatures = [max(t, _COLDEST) if t else 1.0 for t, _, _ in settings]
+        temperatures = [max(t, COLDEST) if t else 1.0 for t, _, _ in settings]
         temperature_N = torch.tensor(temperatures, dtype=torch.float32, device=device)
         greedy_N = torch.tensor([t == 0 for t, _, _ in settings], device=device)
         cut = [

@@ -10,7 +10,7 @@ import torch
 
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import SampledSequence, SampleInput, SampleOutput, TopK
-from tinsmith_worker.sampler.distribution import PROMPT_STREAM, draw, random_stream
+from tinsmith_worker.sampler.distribution import COLDEST, PROMPT_STREAM, draw, random_stream
 from tinsmith_worker.sampler.stops import StopRule
 
 EMPTY_TOKEN, EMPTY_LOGPROB = 0, -99999.0
@@ -57,6 +57,7 @@ class Continuation:
         self.count = 0
         self.stopped = False
         self._random = random_stream(request.given.seed, index)
+        self.uniform = float(self._random.random())  # for the next token, however often it is tried
         self._tokens = np.empty(16, np.int32)
         self._logprobs = np.empty(16, np.float32)
         self._topk: list[TopK] = []
@@ -70,9 +71,6 @@ class Continuation:
     def last_token(self) -> int:
         return int(self._tokens[self.count - 1])
 
-    def uniform(self) -> float:
-        return float(self._random.random())
-
     @property
     def full(self) -> bool:
         return self.count == self.request.budget
@@ -84,6 +82,7 @@ class Continuation:
             self._logprobs = np.resize(self._logprobs, 2 * self.count)
         self._tokens[self.count], self._logprobs[self.count] = token, logprob
         self.count += 1
+        self.uniform = float(self._random.random())
         if topk is not None:
             self._topk.append(topk)
         self.stopped = self.request.stop.ends(self._tokens[: self.count])
@@ -156,7 +155,9 @@ class PromptScores:
             self._score(logprobs_NV[covered.start - positions.start :], covered)
         if self.targets is not None:
             assert self._given.target_prompt_logprobs is not None
-            asked_NK = torch.from_numpy(self._given.target_prompt_logprobs[rows]).to(logprobs_NV.device)
+            asked_NK = torch.from_numpy(self._given.target_prompt_logprobs[rows].astype(np.int64)).to(
+                logprobs_NV.device
+            )
             found_NK = logprobs_NV.gather(-1, asked_NK.clamp(min=0)).masked_fill_(asked_NK < 0, 0.0)
             self.targets[rows] = found_NK.cpu().numpy()
         if self.alternatives is not None:
@@ -177,7 +178,9 @@ class PromptScores:
         greedy_N = torch.full((len(logits_NV),), temperature == 0, device=logits_NV.device)
         drawn_NV = logprobs_NV
         if temperature not in (0, 1):
-            drawn_NV = torch.log_softmax((logits_NV - logits_NV.amax(-1, keepdim=True)) / temperature, dim=-1)
+            drawn_NV = torch.log_softmax(
+                (logits_NV - logits_NV.amax(-1, keepdim=True)) / max(temperature, COLDEST), dim=-1
+            )
         uniform_NK = torch.from_numpy(self._uniforms[rows]).to(logits_NV.device)
         tokens_NK = draw(drawn_NV, uniform_NK, greedy_N)
         self.alternatives.token_ids[rows] = tokens_NK.cpu().numpy()

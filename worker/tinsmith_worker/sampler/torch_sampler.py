@@ -5,7 +5,7 @@ Shapes: T packed tokens, N rows, one of each sequence that gets a token, D hidde
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from tinsmith.errors import InvalidInput
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import AdapterState, Failure, SampleInput, SampleOutput, TopK
 from tinsmith_worker.model import Base
-from tinsmith_worker.sampler.cache import Cache, Decode, Piece, Prefill
+from tinsmith_worker.sampler.cache import Cache, Decode, Piece, Prefill, whole_steps
 from tinsmith_worker.sampler.distribution import Filters, distribution, draw
 from tinsmith_worker.sampler.requests import Continuation, PromptScores, Request, empty_topk, write_topk
 from tinsmith_worker.sampler.stops import Decoder, StopRule
@@ -100,7 +100,7 @@ class TorchSampler:
         self._done: list[SampleOutput | tuple[str, Failure]] = []
         self._cache = Cache()
         self._cache_bytes = self.settings.cache_bytes or _default_cache_bytes(base.device)
-        self._token_bytes = 0
+        self._measured = False
 
     def hold(self, sampler_id: str, state: AdapterState) -> None:
         if sampler_id not in self._held:
@@ -163,9 +163,12 @@ class TorchSampler:
         unread = sum(prompt.unread for prompt in self._reading)
         while self._waiting and unread < self.settings.max_pass_tokens:
             request = self._waiting[0]
-            room = self._room(request.longest)
-            if not room:
+            room = self._make_room(request)
+            if not room and self._slots:
                 break
+            if not room:
+                self._fail(request, Failure("there is no memory for its keys and values", "server"))
+                continue
             first = request.admitted
             request.admitted = min(first + room, request.given.num_samples)
             continuations = [Continuation(request, i) for i in range(first, request.admitted)]
@@ -178,23 +181,39 @@ class TorchSampler:
             if request.admitted == request.given.num_samples:
                 self._waiting.popleft()
 
+    def _make_room(self, request: Request) -> int:
+        """How many of the request's sequences can join now, their slots made; fewer where memory ends."""
+        count = 0
+        try:
+            count = min(self._room(request.longest), request.given.num_samples - request.admitted)
+        except RuntimeError:
+            log.exception("one token could not be read")
+        while count:
+            try:
+                self._reserve(len(self._slots) + count, len(request.given.prompt))
+                break
+            except RuntimeError:
+                log.exception("no memory for %d more sequences", count)
+                count //= 2
+        return count
+
     def _room(self, longest: int) -> int:
         """How many sequences that may grow to `longest` tokens can join; one always can join none."""
-        longest = max(longest, *(c.request.longest for c in self._slots), 1)
+        longest = whole_steps(max(longest, *(c.request.longest for c in self._slots), 1))
         at_once = self._cache_bytes // (self._bytes_per_token() * longest)
         return max(min(at_once, self.settings.max_sequences) - len(self._slots), 0 if self._slots else 1)
 
     def _bytes_per_token(self) -> int:
         """One token through the base tells it, whatever the architecture."""
-        if not self._token_bytes:
-            cache = Cache()
-            cache.reserve(1, 1)
+        if not self._measured:
+            self._cache.reserve(1, 1)
             zero_T = torch.zeros(1, dtype=torch.int64, device=self.base.device)
             self.base.forward(
-                Stream(zero_T, zero_T, (Segment(0, 1, None),), Prefill(cache, [Piece(0, 0, 1)]))
+                Stream(zero_T, zero_T, (Segment(0, 1, None),), Prefill(self._cache, [Piece(0, 0, 1)]))
             )
-            self._token_bytes = cache.token_bytes
-        return self._token_bytes
+            self._cache.clear()
+            self._measured = True
+        return self._cache.token_bytes
 
     def _drop(self, request_id: str) -> None:
         """Forget everything about a request."""
@@ -219,9 +238,10 @@ class TorchSampler:
         self._ready -= leaving
         self._round = None
 
-    def _reserve(self, length: int) -> None:
-        held = [c.length for c in self._ready] + [prompt.read for prompt in self._reading]
-        self._cache.reserve(len(self._slots), max(length, *held, 0))
+    def _reserve(self, slots: int, length: int) -> None:
+        """All prompts, those still being read too, have their room from the start."""
+        held = [c.length for c in self._ready] + [len(p.request.given.prompt) for p in self._reading]
+        self._cache.reserve(slots, max(length, *held, 0), self._cache_bytes)
 
     def _fail(self, request: Request, failure: Failure) -> None:
         self._drop(request.given.request_id)
@@ -268,7 +288,6 @@ class TorchSampler:
         pieces = [Piece(_slot(r.prompt.continuations[0]), r.start, r.stop) for r in readings]
         tokens = np.concatenate([r.prompt.request.given.prompt[r.start : r.stop] for r in readings])
         positions = np.concatenate([np.arange(r.start, r.stop) for r in readings])
-        self._reserve(max(r.stop for r in readings))
         stream = Stream(
             tokens_T=torch.from_numpy(tokens.astype(np.int64)).to(device),
             positions_T=torch.from_numpy(positions).to(device),
@@ -305,41 +324,76 @@ class TorchSampler:
         for row, prompt in enumerate(complete):
             self._reading.remove(prompt)
             first, *others = prompt.continuations
-            if prompt.request.budget > 1:
-                self._cache.copy([_slot(first)] * len(others), [_slot(other) for other in others])
+            try:
+                if prompt.request.budget > 1:
+                    self._cache.copy([_slot(first)] * len(others), [_slot(other) for other in others])
+            except RuntimeError as error:
+                log.exception("copying a prompt %d times failed", len(others))
+                self._fail(prompt.request, Failure(f"its prompt could not be copied: {error}", "server"))
+                continue
             growing += [(continuation, row) for continuation in prompt.continuations]
-        self._finish([c for c, _ in growing if c.full])
-        growing = [(c, row) for c, row in growing if not c.full]
-        if not growing:
+        self._finish([c for c, _ in growing if c.slot is not None and c.full])
+        source = {c: row for c, row in growing if c.slot is not None and not c.full}
+        if not source:
             return
-        rows = [c for c, _ in growing]
-        self._ready.update(rows)
+        self._ready.update(source)
         self._round = None
-        source_N = torch.tensor([row for _, row in growing], device=logits_NV.device)
-        self._extend(rows, self._filters(rows), logits_NV[source_N])
+        self._grow(self._plan(list(source)), lambda rows: logits_NV[[source[c] for c in rows.rows]])
 
     # Growing sequences
 
     def _decode(self) -> None:
+        self._lengthen()
         if not self._ready:
             return
         if self._round is None:
-            self._round = self._plan()
-        this = self._round
+            self._round = self._plan([c for c in self._slots if c in self._ready])
+        self._grow(self._round, self._next_logits)
+
+    def _lengthen(self) -> None:
+        """Make room for one token more of each sequence; where memory ends, the longest fails."""
+        while self._ready:
+            longest = max(self._ready, key=lambda c: c.length)
+            try:
+                self._reserve(len(self._slots), longest.length)
+                return
+            except RuntimeError as error:
+                log.exception("no memory for a sequence of %d tokens", longest.length)
+                message = f"there is no memory for a sequence of {longest.length} tokens: {error}"
+                self._fail(longest.request, Failure(message, "server"))
+
+    def _grow(self, this: Round, logits_of: Callable[[Round], torch.Tensor]) -> None:
+        """Give each row its next token. If that fails, it is tried request by request: one that fails by
+        itself has failed, the others go on as if nothing had been."""
+        try:
+            drawn = self._draw(this, logits_of(this))
+        except RuntimeError as error:
+            log.exception("the next token of %d sequences failed", len(this.rows))
+            requests = list({id(c.request): c.request for c in this.rows}.values())
+            if len(requests) == 1:
+                self._fail(requests[0], Failure(f"the next token could not be sampled: {error}", "server"))
+                return
+            for request in requests:
+                rows = [c for c in this.rows if c.request is request and c in self._ready]
+                if rows:
+                    self._grow(self._plan(rows), logits_of)
+            return
+        self._extend(this.rows, *drawn)
+
+    def _next_logits(self, this: Round) -> torch.Tensor:
+        """What the base says after the last token of each row: [N, V]."""
         count, device = len(this.rows), self.base.device
         tokens_N = torch.from_numpy(np.fromiter((c.last_token for c in this.rows), np.int64, count)).to(
             device
         )
         positions = np.fromiter((c.length - 1 for c in this.rows), np.int64, count)
         positions_N, longest = torch.from_numpy(positions).to(device), int(positions.max()) + 1
-        self._reserve(longest)
         attention = Decode(self._cache, this.slots_N, positions_N, slots=len(self._slots), longest=longest)
         hidden_ND = self.base.forward(Stream(tokens_N, positions_N, this.segments, attention))
-        self._extend(this.rows, this.filters, self._logits(hidden_ND, this.segments))
+        return self._logits(hidden_ND, this.segments)
 
-    def _plan(self) -> Round:
-        ready = [c for c in self._slots if c in self._ready]
-        rows = _by_adapter(ready, [c.request.adapter for c in ready])
+    def _plan(self, growing: Sequence[Continuation]) -> Round:
+        rows = _by_adapter(growing, [c.request.adapter for c in growing])
         return Round(
             rows=rows,
             slots_N=torch.tensor([_slot(c) for c in rows], device=self.base.device),
@@ -356,17 +410,23 @@ class TorchSampler:
             return hidden_ND.new_empty((0, self.base.facts.vocab_size), dtype=torch.float32)
         return torch.cat([self.base.head.logits(hidden_ND[s.start : s.stop], s.adapter) for s in segments])
 
-    def _extend(self, rows: Sequence[Continuation], filters: Filters, logits_NV: torch.Tensor) -> None:
-        """Draw the next token of every row. The one place of a step where the CPU waits for the device."""
+    def _draw(self, this: Round, logits_NV: torch.Tensor) -> tuple[list[int], list[float], TopK]:
+        """The next token of every row, its logprob, and the likeliest ones as far as somebody asks for them.
+        The one place of a step where the CPU waits for the device."""
+        rows, filters = this.rows, this.filters
         logprobs_NV = distribution(logits_NV, filters)
-        uniform_N1 = torch.tensor([[c.uniform()] for c in rows], dtype=torch.float64, device=logits_NV.device)
+        uniform_N1 = torch.tensor([[c.uniform] for c in rows], dtype=torch.float64, device=logits_NV.device)
         tokens_N1 = draw(logprobs_NV, uniform_N1, filters.greedy_N)
         chosen_N1 = logprobs_NV.gather(-1, tokens_N1)
         width = max(c.request.given.topk_sample_logprobs for c in rows)
         table = empty_topk(len(rows), width)
         if width:
             write_topk(table, slice(0, len(rows)), logprobs_NV)
-        tokens, chosen = tokens_N1[:, 0].tolist(), chosen_N1[:, 0].tolist()
+        return tokens_N1[:, 0].tolist(), chosen_N1[:, 0].tolist(), table
+
+    def _extend(
+        self, rows: Sequence[Continuation], tokens: list[int], chosen: list[float], table: TopK
+    ) -> None:
         for row, continuation in enumerate(rows):
             if continuation.slot is None:  # another sequence of its request has just failed
                 continue
@@ -394,8 +454,9 @@ Item = TypeVar("Item")
 
 
 def _by_adapter(items: Iterable[Item], adapters: Iterable[Adapter | None]) -> list[Item]:
-    """Items of one adapter together, adapters and items in the order they first appear."""
-    found: dict[int, list[Item]] = {}
+    """Items of one adapter together, adapters and items in the order they first appear; those of the base
+    alone lead, so that they are no gap among the rows of adapters."""
+    found: dict[int, list[Item]] = {id(None): []}
     for item, adapter in zip(items, adapters, strict=True):
         found.setdefault(id(adapter), []).append(item)
     return [item for group in found.values() for item in group]

@@ -98,6 +98,7 @@ def test_in_deterministic_mode_more_or_fewer_threads_change_no_bit() -> None:
             engine.restore("other", tiny.trained(base, LoraSpec(8, 1)))
             engine.restore("run", tiny.trained(base, LoraSpec(32, 2)))
             engine.forward_backward([*neighbours, Work("run", given)])
+            assert torch.get_num_threads() == 2
             found.append(engine.state("run").gradient)
     finally:
         torch.set_num_threads(before)

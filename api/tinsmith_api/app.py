@@ -1,7 +1,7 @@
 """The control plane as an ASGI application."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -48,7 +48,7 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def _answer_with(status: int):  # type: ignore[no-untyped-def]
+def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def answer(_: Request, error: Exception) -> Response:
         return reply({"detail": str(error) or "not ready yet: try again"}, status)
 

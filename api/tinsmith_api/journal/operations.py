@@ -263,7 +263,8 @@ def record_snapshot(
         operations.c.subject == run_id, operations.c.seq_id <= seq_id
     )
     connection.execute(sa.delete(payloads).where(payloads.c.request_id.in_(covered)))
-    return before.snapshot_key  # type: ignore[no-any-return]
+    replaced: str | None = before.snapshot_key
+    return replaced
 
 
 def purge_results(connection: sa.Connection, *, finished_before: float, at_most: int) -> int:

@@ -45,7 +45,7 @@ install: .venv/.installed
 		exit 1
 	fi
 	echo "Installing into .venv; the first time this takes a few minutes"
-	$(PIP) -e '.[api,worker,cookbook,dev]'
+	$(PIP) -e '.[api,worker,fleet,cookbook,dev]'
 	touch $@
 
 demo: install

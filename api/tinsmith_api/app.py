@@ -4,14 +4,16 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
 from tinsmith_api.bodies import TooLarge, UnsupportedEncoding, reply
+from tinsmith_api.journal.store import Unavailable
 from tinsmith_api.owner import Gone
 from tinsmith_api.routes import futures, records, sampling, start, training
-from tinsmith_api.service import Service
+from tinsmith_api.service import Service, TooMany
 
 log = logging.getLogger("tinsmith")
 
@@ -22,8 +24,10 @@ _STATUS: dict[type[Exception], int] = {
     Gone: 410,
     TooLarge: 413,
     UnsupportedEncoding: 415,
+    TooMany: 429,
     # The base model is still loading. Clients repeat the call.
     TimeoutError: 503,
+    Unavailable: 503,
 }
 
 
@@ -44,6 +48,7 @@ def make_app(service: Service) -> FastAPI:
     for kind, status in _STATUS.items():
         app.add_exception_handler(kind, _answer_with(status))
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(sa.exc.DataError, _cannot_be_stored)
     app.add_exception_handler(Exception, _unexpected)
     return app
 
@@ -60,6 +65,11 @@ async def _invalid(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return reply({"detail": f"{where}: {first['msg']}"}, 422)
+
+
+async def _cannot_be_stored(_: Request, error: Exception) -> Response:
+    log.info("refused what the database cannot store: %s", error)
+    return reply({"detail": "a text of this request cannot be stored: does it hold a NUL character?"}, 400)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

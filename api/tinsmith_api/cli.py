@@ -4,90 +4,209 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinsmith_api.journal.store import Store
+    from tinsmith_api.settings import Settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="tinsmith", description="A self-hosted training service.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    given = parser().parse_args()
+    try:
+        given.run(given)
+    except ModuleNotFoundError as error:
+        sys.exit(f"tinsmith: {error.name} is missing: pip install 'tinsmith[api,worker,fleet]'")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="tinsmith",
+        description="A self-hosted training service. Every setting can also come from the environment "
+        "(TINSMITH_<NAME>) or from a TOML file.",
+    )
+    commands = top.add_subparsers(dest="command", required=True)
 
     serve = commands.add_parser("serve", help="run everything on this machine")
-    serve.add_argument("--host")
-    serve.add_argument("--port", type=int, help="default 8000; 0 takes a free one")
-    serve.add_argument("--data-dir", type=Path, help="default ~/.tinsmith")
+    serve.set_defaults(run=_serve)
+    api = commands.add_parser("api", help="one of a fleet's API processes")
+    api.set_defaults(run=_api)
+    for command in (serve, api):
+        command.add_argument("--host")
+        command.add_argument("--port", type=int, help="default 8000; 0 takes a free one")
     serve.add_argument(
         "--model",
         action="append",
         metavar="NAME[=PATH_OR_HUB_ID]",
         help="serve this base model under NAME; may be repeated. Default: a tiny one made on first use",
     )
-    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML with the same settings")
-    serve.add_argument("--engine", choices=["torch", "null"], help="null answers without computing")
-    serve.add_argument(
-        "--deterministic",
-        action="store_true",
-        default=None,
-        help="a run's numbers do not depend on who shares its passes, to the last bit",
+    worker = commands.add_parser("worker", help="one of a fleet's workers")
+    worker.set_defaults(run=_worker)
+    worker.add_argument(
+        "--pool",
+        required=True,
+        metavar="NAME[=PATH_OR_HUB_ID]",
+        help="the base model it serves; the path may come from the setting `models`",
     )
+    for command in (serve, worker):
+        command.add_argument("--engine", choices=["torch", "null"], help="null answers without computing")
+        command.add_argument(
+            "--deterministic",
+            action="store_true",
+            default=None,
+            help="a run's numbers do not depend on who shares its passes, to the last bit",
+        )
+    jobs = commands.add_parser("jobs", help="one of a fleet's processes for background jobs")
+    jobs.set_defaults(run=_jobs)
+    beat = commands.add_parser("beat", help="a fleet's clock: says when background jobs are due")
+    beat.set_defaults(run=_beat)
+    for command in (serve, api, worker, jobs, beat, *_admin(commands)):
+        command.add_argument("--config", type=Path, metavar="FILE", help="TOML with settings")
+        command.add_argument("--data-dir", type=Path, help="default ~/.tinsmith")
 
-    keys = commands.add_parser("admin", help="keys").add_subparsers(dest="noun", required=True)
-    verbs = keys.add_parser("keys").add_subparsers(dest="verb", required=True)
-    create = verbs.add_parser("create", help="a new key, printed once")
+    demo = commands.add_parser("demo", help="fine-tune a small model through a service of your own")
+    demo.add_argument("arguments", nargs=argparse.REMAINDER)
+    demo.set_defaults(run=_demo)
+    return top
+
+
+def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> list[argparse.ArgumentParser]:
+    nouns = commands.add_parser("admin", help="keys, tenants, workers").add_subparsers(
+        dest="noun", required=True
+    )
+    keys = nouns.add_parser("keys").add_subparsers(dest="verb", required=True)
+    create = keys.add_parser("create", help="a new key, printed once")
     create.add_argument("tenant", help="who it is for; created if new")
-    revoke = verbs.add_parser("revoke")
+    revoke = keys.add_parser("revoke")
     revoke.add_argument("id", type=int)
-    listing = verbs.add_parser("list")
+    listing = keys.add_parser("list")
     for verb in (create, revoke, listing):
-        verb.add_argument("--data-dir", type=Path, default=Path("~/.tinsmith"))
+        verb.set_defaults(run=_keys)
 
-    for command, module in (("worker", "tinsmith_worker"), ("demo", "tinsmith_cookbook.demo")):
-        commands.add_parser(command, help=f"python -m {module}", add_help=False)
+    tenants = nouns.add_parser("tenants").add_subparsers(dest="verb", required=True)
+    share = tenants.add_parser("set", help="a tenant's share and limits")
+    share.add_argument("tenant")
+    share.add_argument("--weight", type=float, help="its share of a busy worker; default 1")
+    share.add_argument("--max-runs", type=int, help="how many runs it may have open; 0: the default")
+    share.add_argument("--max-queued", type=int, help="how many calls of it may wait; 0: the default")
+    everyone = tenants.add_parser("list")
+    for verb in (share, everyone):
+        verb.set_defaults(run=_tenants)
 
-    given, rest = parser.parse_known_args()
-    if given.command in ("worker", "demo"):
-        module = {"worker": "tinsmith_worker", "demo": "tinsmith_cookbook.demo"}[given.command]
-        os.execv(sys.executable, [sys.executable, "-m", module, *rest])
-    if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    try:
-        _serve(given) if given.command == "serve" else _keys(given)
-    except ModuleNotFoundError as error:
-        sys.exit(f"tinsmith: {error.name} is missing: pip install 'tinsmith[api,worker]'")
+    workers = nouns.add_parser("workers").add_subparsers(dest="verb", required=True)
+    alive = workers.add_parser("list", help="those that live, and what they hold")
+    drain = workers.add_parser("drain", help="let one finish, hand over and leave")
+    drain.add_argument("id")
+    scale = workers.add_parser("scale", help="have so many workers of a base model")
+    scale.add_argument("pool")
+    scale.add_argument("count", type=int)
+    for verb in (alive, drain, scale):
+        verb.set_defaults(run=_workers)
+
+    migrate = nouns.add_parser("migrate", help="bring the database's tables up to date")
+    migrate.set_defaults(run=_migrate)
+    return [create, revoke, listing, share, everyone, alive, drain, scale, migrate]
+
+
+# -- processes -------------------------------------------------------------------------------------------
 
 
 def _serve(given: argparse.Namespace) -> None:
+    from tinsmith_api.serve import serve
+
+    models = dict(map(_name_and_path, given.model)) if given.model else None
+    serve(_settings(given, models=models))
+
+
+def _api(given: argparse.Namespace) -> None:
+    from tinsmith_api.serve import serve_api
+
+    serve_api(_of_fleet(_settings(given)))
+
+
+def _worker(given: argparse.Namespace) -> None:
+    from tinsmith_api.settings import environment, worker_arguments
+
+    settings = _of_fleet(_settings(given))
+    name, _, path = given.pool.partition("=")
+    path = path or settings.models.get(name) or name
+    os.environ.update(environment(settings))
+    arguments = worker_arguments(settings, name, path)
+    if settings.metrics_port:
+        arguments += ["--metrics-port", str(settings.metrics_port)]
+    os.execv(sys.executable, [sys.executable, "-m", "tinsmith_worker", *arguments])
+
+
+def _jobs(given: argparse.Namespace) -> None:
+    from tinsmith_api.fleet import run_jobs
+
+    run_jobs(_of_fleet(_settings(given)))
+
+
+def _beat(given: argparse.Namespace) -> None:
+    from tinsmith_api.fleet import run_beat
+
+    run_beat(_of_fleet(_settings(given)))
+
+
+def _demo(given: argparse.Namespace) -> None:
+    os.execv(sys.executable, [sys.executable, "-m", "tinsmith_cookbook.demo", *given.arguments])
+
+
+def _name_and_path(model: str) -> tuple[str, str]:
+    name, _, path = model.partition("=")
+    return name, path or name
+
+
+def _settings(given: argparse.Namespace, **more: object) -> "Settings":
+    import logging
+
     from pydantic import ValidationError
 
     from tinsmith_api.bodies import sentence
-    from tinsmith_api.serve import serve
-    from tinsmith_api.settings import read_settings
+    from tinsmith_api.settings import Settings, read_settings
 
-    models = None
-    if given.model:
-        models = {name: path or name for name, _, path in (m.partition("=") for m in given.model)}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    said = {name: value for name, value in vars(given).items() if name in Settings.model_fields}
     try:
-        settings = read_settings(
-            given.config,
-            host=given.host,
-            port=given.port,
-            data_dir=given.data_dir,
-            models=models,
-            engine=given.engine,
-            deterministic=given.deterministic,
-        )
+        return read_settings(given.config, **{**said, **more})
     except ValidationError as error:
         sys.exit(f"tinsmith: {sentence(error)}")
     except (OSError, ValueError) as error:
-        sys.exit(f"tinsmith: {given.config}: {error}")
-    serve(settings)
+        sys.exit(f"tinsmith: {error}")
+
+
+def _of_fleet(settings: "Settings") -> "Settings":
+    missing = [name for name in ("database", "redis", "objects") if not getattr(settings, name)]
+    if missing:
+        names = ", ".join(f"TINSMITH_{name.upper()}" for name in missing)
+        sys.exit(
+            f"tinsmith: a fleet needs to know where its {' and '.join(missing)} are: set {names}. "
+            "On one machine, `tinsmith serve` needs none of them"
+        )
+    return settings
+
+
+# -- administration --------------------------------------------------------------------------------------
+
+
+def _open_journal(given: argparse.Namespace) -> "Store":
+    from tinsmith_api.journal.store import Store
+
+    settings = _settings(given)
+    settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Store(settings.database_url)
+
+
+def _migrate(given: argparse.Namespace) -> None:
+    _open_journal(given).close()
 
 
 def _keys(given: argparse.Namespace) -> None:
     from tinsmith_api.journal import identities
-    from tinsmith_api.journal.store import Store
 
-    folder = given.data_dir.expanduser()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    journal = Store(f"sqlite:///{folder / 'journal.db'}")
+    journal = _open_journal(given)
     if given.verb == "create":
         print(journal.write(lambda c: identities.create_key(c, given.tenant)).result())
     elif given.verb == "revoke":
@@ -96,6 +215,49 @@ def _keys(given: argparse.Namespace) -> None:
     else:
         for row in journal.read(identities.list_keys).result():
             print(row.id, row.tenant, row.name, "revoked" if row.revoked_at else "in force")
+    journal.close()
+
+
+def _tenants(given: argparse.Namespace) -> None:
+    from tinsmith_api.journal import identities
+
+    journal = _open_journal(given)
+    if given.verb == "set":
+        if given.weight is not None and not 0 < given.weight <= 1000:
+            sys.exit("tinsmith: --weight must be above 0 and at most 1000")
+        changes = {
+            "weight": given.weight,
+            "max_runs": given.max_runs,
+            "max_queued": given.max_queued,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if not journal.write(lambda c: identities.change_tenant(c, given.tenant, changes)).result():
+            sys.exit(f"tinsmith: no tenant {given.tenant!r}: `tinsmith admin tenants list` shows them")
+    else:
+        for row in journal.read(identities.list_tenants).result():
+            runs, queued = (n if n else "default" for n in (row.max_runs, row.max_queued))
+            print(f"{row.name}  weight {row.weight:g}  max-runs {runs}  max-queued {queued}")
+    journal.close()
+
+
+def _workers(given: argparse.Namespace) -> None:
+    from tinsmith_api.journal import leases
+    from tinsmith_api.scaling import scale
+
+    journal = _open_journal(given)
+    if given.verb == "drain":
+        if not journal.write(lambda c: leases.drain_worker(c, given.id)).result():
+            sys.exit(
+                f"tinsmith: no worker {given.id} lives: `tinsmith admin workers list` shows those that do"
+            )
+    elif given.verb == "scale":
+        print(scale(_of_fleet(_settings(given)), journal, given.pool, given.count))
+    else:
+        for row in journal.read(leases.list_workers).result():
+            state = "draining" if row.draining_at else "ready" if row.ready_at else "starting"
+            print(
+                f"{row.id}  {row.base_model}  {state}  {row.runs} runs  heard {row.silent_seconds:.0f} s ago"
+            )
     journal.close()
 
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from tinsmith_api.journal import leases
 from tinsmith_api.journal.store import Store
-from tinsmith_api.settings import Settings
+from tinsmith_api.settings import Settings, environment, worker_arguments
 
 log = logging.getLogger("tinsmith")
 
@@ -72,10 +72,12 @@ class Workers:
     def ready(self) -> bool:
         return all(child.ready.is_set() for child in self.children.values())
 
-    def ring(self, base_model: str, request_id: str) -> None:
-        """Tell the worker of this base model that an operation is ready. If it is down, it finds the
-        operation in the journal when it starts."""
-        self._send(base_model, f"ring {request_id}\n")
+    def ring(self, worker_id: str, request_id: str) -> None:
+        """Tell this worker that an operation is ready. If it is down, the next one finds the operation in the
+        journal when it starts."""
+        for child in self.children.values():
+            if child.worker_id == worker_id:
+                self._send(child.base_model, f"ring {request_id}\n")
 
     async def stop(self) -> None:
         """Let every worker finish its pass and write its snapshots. One that is still loading has none."""
@@ -151,35 +153,21 @@ class Workers:
         worker_id = f"w-{uuid.uuid4().hex[:12]}"
 
         def statement(connection: sa.Connection) -> None:
-            leases.stop_worker(connection, child.worker_id)
+            leases.stop_worker(connection, child.worker_id, died=True)
             leases.register_worker(connection, worker_id, child.base_model, {})
 
         await asyncio.wrap_future(self.journal.write(statement))
         child.worker_id = worker_id
 
     async def _spawn(self, child: Child, channel: int) -> None:
-        settings = self.settings
-        command = [*self.command]
-        arguments = {
-            "worker-id": child.worker_id,
-            "base-model": child.base_model,
-            "path": child.path,
-            "journal": str(self.journal.url),
-            "objects": settings.folder / "objects",
-            "data-dir": settings.folder,
-            "channel": channel,
-            "engine": settings.engine,
-            "pass-tokens": settings.pass_tokens,
-            "gap-seconds": settings.gap_seconds,
-            "snapshot-seconds": settings.snapshot_seconds,
-        }
-        for name, value in arguments.items():
-            command += [f"--{name}", str(value)]
-        if settings.deterministic:
-            command.append("--deterministic")
+        command = [
+            *self.command,
+            *worker_arguments(self.settings, child.base_model, child.path),
+            *("--worker-id", child.worker_id, "--channel", str(channel)),
+        ]
         # Threads that wait for each other by spinning take the cores from the control plane beside them.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        child.process = await asyncio.create_subprocess_exec(*command, pass_fds=[channel], env=environment)
+        variables = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **environment(self.settings)}
+        child.process = await asyncio.create_subprocess_exec(*command, pass_fds=[channel], env=variables)
         if self._stopping.is_set():
             _kill(child)
 

@@ -11,46 +11,66 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from pydantic import SecretStr
 
 from tinsmith_api.app import make_app
-from tinsmith_api.journal import identities
+from tinsmith_api.journal import identities, metrics
 from tinsmith_api.service import Service
 from tinsmith_api.settings import Settings
 
+log = logging.getLogger("tinsmith")
+
 
 def serve(settings: Settings) -> None:
-    """Run until interrupted. Exits with a sentence if the port or the data directory is taken, or if a base
-    model cannot be loaded."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    """Run everything until interrupted. Exits with a sentence if the port or the data directory is taken, or
+    if a base model cannot be loaded."""
+    # Here everything lives in one process tree, whatever the environment says of a fleet.
+    settings = settings.model_copy(update={"redis": SecretStr("")})
     settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     guard = _own(settings.folder)
     listener = _listen(settings.host, settings.port)
     service = Service(settings, on_failure=lambda: setattr(server, "should_exit", True))
     key = local_key(settings.folder)
     service.journal.write(lambda c: identities.create_key(c, "local", key=key)).result()
-    host, port = listener.getsockname()[:2]
-    _greet(f"http://{host}:{port}", key, settings)
-    # uvicorn handles these two itself and raises them once more at its end, when all is done.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
-        make_app(service), access_log=False, log_level="warning", timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    _greet(_address(listener), key, settings)
+    server = _server(service)
     server.run(sockets=[listener])
     guard.close()
     if service.failure:
         sys.exit(f"tinsmith: {service.failure}")
 
 
+def serve_api(settings: Settings) -> None:
+    """One of a fleet's API processes, until interrupted."""
+    listener = _listen(settings.host, settings.port)
+    service = Service(settings)
+    if key := os.environ.get("TINSMITH_API_KEY"):
+        _check_key(key)
+        service.journal.write(lambda c: identities.create_key(c, "local", key=key)).result()
+    log.info("listening on %s", _address(listener))
+    _server(service).run(sockets=[listener])
+
+
+def _server(service: Service) -> uvicorn.Server:
+    metrics.serve(service.settings.metrics_port)
+    # uvicorn handles these two itself and raises them once more at its end, when all is done.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    config = uvicorn.Config(
+        make_app(service), access_log=False, log_level="warning", timeout_graceful_shutdown=5
+    )
+    return uvicorn.Server(config)
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
 def local_key(folder: Path) -> str:
     """TINSMITH_API_KEY, or the key made at the first start and kept beside the data, for its owner only."""
     if given := os.environ.get("TINSMITH_API_KEY"):
-        if not given.startswith(identities.KEY_PREFIX):
-            sys.exit(
-                f"tinsmith: TINSMITH_API_KEY must begin with {identities.KEY_PREFIX!r}, or clients refuse it"
-            )
+        _check_key(given)
         return given
     file = folder / "key"
     if file.exists() and (key := file.read_text().strip()):
@@ -65,6 +85,13 @@ def local_key(folder: Path) -> str:
         os.fsync(out.fileno())
     os.replace(written, file)
     return key
+
+
+def _check_key(key: str) -> None:
+    if not key.startswith(identities.KEY_PREFIX):
+        sys.exit(
+            f"tinsmith: TINSMITH_API_KEY must begin with {identities.KEY_PREFIX!r}, or clients refuse it"
+        )
 
 
 def _own(folder: Path) -> Any:

@@ -2,36 +2,35 @@
 
 import asyncio
 import contextlib
-import functools
-import logging
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import sqlalchemy as sa
 
 from tinsmith.errors import InvalidInput
 from tinsmith_api.embedded import Workers
-from tinsmith_api.journal import checkpoints, leases
+from tinsmith_api.house import PERIODS, House
+from tinsmith_api.journal import leases, metrics
 from tinsmith_api.journal import operations as ops
-from tinsmith_api.journal.objects import ObjectStore, open_store
+from tinsmith_api.journal.leases import Pool
+from tinsmith_api.journal.objects import ObjectStore
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Result, Statement, Store
-from tinsmith_api.journal.tables import sampled_sequences
-from tinsmith_api.settings import Settings
-
-log = logging.getLogger("tinsmith")
+from tinsmith_api.settings import Settings, open_objects
 
 Value = TypeVar("Value")
 Json = dict[str, Any]
 
-_DAY_SECONDS = 86400.0
-_HOUSEKEEPING_SECONDS = 60.0
-# What is deleted in one transaction: everybody else's writes wait for it.
-_PIECE = 500
+# How long a call waits for a base model that is being loaded; clients hang up after a minute.
+_LOADING_SECONDS = 50.0
+
+
+class TooMany(Exception):  # noqa: N818 - answered as 429
+    """This tenant has as much under way as it may; clients wait and repeat the call."""
 
 
 class Memory(Generic[Value]):
@@ -108,6 +107,18 @@ class Facts:
     tokenizer: str
 
 
+class Doorbell(Protocol):
+    """How workers hear of operations: `embedded.Workers` or `fleet.Fleet`."""
+
+    @property
+    def ready(self) -> bool: ...
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    def ring(self, worker_id: str, request_id: str) -> None:
+        """Say that an operation is ready. Nothing is lost if nobody hears it."""
+        ...
+
+
 class Service:
     """`on_failure` is called when the service cannot go on; `failure` says why in a sentence."""
 
@@ -116,34 +127,51 @@ class Service:
         self.failure = ""
         self._on_failure = on_failure
         settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.journal = Store(f"sqlite:///{settings.folder / 'journal.db'}")
-        self.objects: ObjectStore = open_store(str(settings.folder / "objects"))
+        self.journal = Store(settings.database_url)
+        self.objects: ObjectStore = open_objects(settings)
         self.wakeups = Wakeups()
-        self.workers = Workers(
-            settings,
-            self.journal,
-            on_done=self.wakeups.wake,
-            on_ready=self.wakeups.wake_all,
-            on_failure=self._fail,
-        )
+        self.doorbell = self._open_doorbell()
         self.key_owners: Memory[str] = Memory(seconds=10)
         self.owned: Memory[Any] = Memory(seconds=10)
-        self._facts: dict[str, Facts] = {}
-        self._housekeeping: asyncio.Task[None] | None = None
+        self._pools: Memory[dict[str, Pool]] = Memory(seconds=1)
+        self._workers_changed = asyncio.Event()
+        self._usage: Memory[ops.Usage] = Memory(seconds=1)
+        self._chores: list[asyncio.Task[None]] = []
+
+    def _open_doorbell(self) -> Doorbell:
+        if not self.settings.is_fleet:
+            return Workers(
+                self.settings,
+                self.journal,
+                on_done=self.wakeups.wake,
+                on_ready=self._worker_is_ready,
+                on_failure=self._fail,
+            )
+        from tinsmith_api.fleet import Fleet
+
+        redis = self.settings.redis.get_secret_value()
+        return Fleet(redis, on_done=self.wakeups.wake, on_connect=self._worker_is_ready)
 
     async def start(self) -> None:
-        await self.workers.start()
-        self._housekeeping = asyncio.create_task(self._keep_house())
+        await self.doorbell.start()
+        if not self.settings.is_fleet:
+            house = House(self.settings, self.journal, self.objects)
+            self._chores = [asyncio.create_task(_repeat(house, name)) for name in PERIODS]
 
     async def stop(self) -> None:
-        if self._housekeeping:
-            self._housekeeping.cancel()
-        await self.workers.stop()
-        self.journal.close()
+        for chore in self._chores:
+            chore.cancel()
+        await self.doorbell.stop()
+        await asyncio.to_thread(self.journal.close)
 
     def _fail(self, sentence: str) -> None:
         self.failure = sentence
         self._on_failure()
+
+    def _worker_is_ready(self) -> None:
+        self.wakeups.wake_all()
+        self._pools.forget("")
+        self._workers_changed.set()
 
     async def write(self, statement: Statement[Result]) -> Result:
         return await asyncio.wrap_future(self.journal.write(statement))
@@ -158,80 +186,93 @@ class Service:
     async def submit(
         self, operation: Operation, also: Statement[Json | None] = lambda _: None
     ) -> dict[str, Any]:
-        """Journal one operation, ring for its worker; what the client is told.
+        """Journal one operation, place it, ring for its worker; what the client is told.
 
         `also` runs in the same transaction if the operation is new; an error that it returns refuses it.
-        InvalidInput, and nothing journaled, if its base model is not served (any more).
+        Nothing is journaled and InvalidInput raised if its base model is not served (any more), TooMany if
+        its tenant has as much waiting as it may.
         """
-        self.check_model(operation.base_model)
+        pool = await self.pool(operation.base_model)
+        await self._check_usage(operation)
         operation = replace(operation, request_id=operation.request_id or uuid.uuid4().hex)
+        if operation.kind == ops.SAMPLE:
+            operation = replace(operation, worker_id=pool.sampling_worker(operation.subject))
         # Before it can be finished, let alone announced.
         self.wakeups.promise(operation.request_id, operation.tenant_id)
 
-        def statement(connection: sa.Connection) -> tuple[Operation, bool]:
+        def statement(connection: sa.Connection) -> tuple[Operation, bool, str | None]:
             entered, is_new = ops.submit(connection, operation)
             if is_new and (error := also(connection)) is not None:
                 entered = ops.refuse(connection, entered, error)
-            return entered, is_new
+            if entered.kind == ops.SAMPLE:
+                return entered, is_new, entered.worker_id
+            if not is_new and entered.state != ops.QUEUED:
+                return entered, is_new, None
+            return entered, is_new, leases.place(connection, entered.subject, entered.base_model)
 
         try:
-            entered, is_new = await self.write(statement)
+            entered, is_new, worker_id = await self.write(statement)
         except BaseException:
             self.wakeups.retract(operation.request_id)
             raise
         if not is_new or entered.error:
             self.wakeups.retract(operation.request_id)
-        if is_new or entered.state == ops.QUEUED:
-            self.workers.ring(entered.base_model, entered.request_id)
+        if is_new:
+            metrics.SUBMITTED.labels(entered.kind, entered.base_model).inc()
+        if worker_id is not None and (is_new or entered.state == ops.QUEUED):
+            self.doorbell.ring(worker_id, entered.request_id)
         return {"request_id": entered.request_id, **(entered.answer or {})}
 
-    async def facts(self, base_model: str) -> Facts:
-        """Waits for a worker that starts. InvalidInput, with the list of models, for an unknown name."""
-        self.check_model(base_model)
-        if base_model not in self._facts:
-            child = self.workers.children[base_model]
-            await asyncio.wait_for(child.ready.wait(), timeout=50)
-            found = await self.read(lambda c: leases.facts_of(c, base_model))
-            assert found is not None, base_model
-            self._facts[base_model] = Facts(**found)
-        return self._facts[base_model]
-
-    def check_model(self, base_model: str) -> None:
-        if base_model not in self.settings.models:
+    async def _check_usage(self, operation: Operation) -> None:
+        """Look once a second, and count what came in between."""
+        usage = self._usage.get(operation.tenant_id)
+        if usage is None:
+            usage = await self.read(lambda c: ops.usage(c, operation.tenant_id))
+            self._usage.put(operation.tenant_id, usage)
+        limit = usage.max_queued or self.settings.max_queued
+        if usage.queued >= limit:
+            raise TooMany(
+                f"{usage.queued} calls of yours wait to be executed, the limit is {limit}: "
+                "wait for some of their results before sending more"
+            )
+        usage.queued += 1
+        limit = usage.max_runs or self.settings.max_runs
+        if operation.kind == ops.CREATE_MODEL and usage.runs >= limit:
             raise InvalidInput(
-                f"unknown base_model {base_model!r}: "
-                f"this service has {', '.join(sorted(self.settings.models))}"
+                f"{usage.runs} runs of yours are open, the limit is {limit}: finish the sessions that "
+                "you no longer need"
             )
 
-    async def _keep_house(self) -> None:
-        while True:
-            await asyncio.sleep(_HOUSEKEEPING_SECONDS)
-            try:
-                await self.keep_house()
-            except Exception:
-                log.exception("housekeeping failed; it is tried again in a minute")
+    async def pools(self) -> dict[str, Pool]:
+        found = self._pools.get("")
+        if found is None:
+            # A worker is silent for a quarter of a lease between two heartbeats.
+            heard = 1.5 * self.settings.lease_seconds if self.settings.is_fleet else None
+            found = await self.read(lambda c: leases.pools(c, heard_within_seconds=heard))
+            if not self.settings.is_fleet:  # what was served on this directory before is not served now
+                found = {name: found.get(name, Pool(name, None, ())) for name in self.settings.models}
+            self._pools.put("", found)
+        return found
 
-    async def keep_house(self) -> None:
-        """Expire checkpoints, delete what nothing refers to, forget results nobody fetched for a day."""
-        await self._repeat(functools.partial(checkpoints.expire, at_most=_PIECE))
-        unnamed = functools.partial(checkpoints.unnamed_left, at_most=_PIECE)
-        while paths := await self.read_apart(unnamed):
-            await self.write(functools.partial(checkpoints.delete_all, paths=paths))
-        for prefix in await self.read_apart(checkpoints.due_garbage):
-            await asyncio.to_thread(self.objects.delete, prefix)
-            await self.write(functools.partial(checkpoints.forget_garbage, object_prefix=prefix))
-        day_ago = time.time() - _DAY_SECONDS
-        await self._repeat(functools.partial(ops.purge_results, finished_before=day_ago, at_most=_PIECE))
-        await self._repeat(functools.partial(_purge_sampled, created_before=day_ago))
+    async def pool(self, base_model: str) -> Pool:
+        """InvalidInput, with the list of models, for an unknown name."""
+        pools = await self.pools()
+        if base_model not in pools:
+            known = ", ".join(sorted(pools)) or "none yet"
+            raise InvalidInput(f"unknown base_model {base_model!r}: this service has {known}")
+        return pools[base_model]
 
-    async def _repeat(self, purge: Statement[int]) -> None:
-        """One piece after the other until nothing is left."""
-        while await self.write(purge):
-            pass
+    async def facts(self, base_model: str) -> Facts:
+        """Waits for the first worker of this base model to load it; TimeoutError if that takes too long."""
+        async with asyncio.timeout(_LOADING_SECONDS):
+            while (facts := (await self.pool(base_model)).facts) is None:
+                self._workers_changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._workers_changed.wait(), 1.0)
+        return Facts(**facts)
 
 
-def _purge_sampled(connection: sa.Connection, created_before: float) -> int:
-    old = (
-        sa.select(sampled_sequences.c.id).where(sampled_sequences.c.created_at < created_before).limit(_PIECE)
-    )
-    return connection.execute(sa.delete(sampled_sequences).where(sampled_sequences.c.id.in_(old))).rowcount
+async def _repeat(house: House, chore: str) -> None:
+    while True:
+        await asyncio.sleep(PERIODS[chore])
+        await asyncio.to_thread(house.do, chore)

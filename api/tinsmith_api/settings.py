@@ -1,18 +1,30 @@
-"""What an operator can set: by command line, or in a TOML file with the same names."""
+"""What an operator can set: by command line, by environment (TINSMITH_<NAME>), or in a TOML file."""
 
-import tomllib
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from tinsmith_api.journal.objects import ObjectStore, open_store
 
 DEFAULT_MODEL = "tinsmith/tiny"
 
 
-class Settings(BaseModel):
-    """`models` maps the name clients use to a folder or a hub id; "tiny" is the built-in base."""
+class Settings(BaseSettings):
+    """`models` maps the name clients use to a folder or a hub id; "tiny" is the built-in base.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Without `redis` everything runs in one process tree (`tinsmith serve`); with it, on as many machines as
+    there are, and `database` and `objects` must then be where all of them reach them.
+    """
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="TINSMITH_")
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -23,17 +35,105 @@ class Settings(BaseModel):
     pass_tokens: int = Field(8192, ge=64)
     gap_seconds: float = Field(600.0, gt=0)
     snapshot_seconds: float = Field(15.0, ge=0)
+    slot_bytes: int = Field(0, ge=0)  # 0: computed from what the machine has
+    host_bytes: int = Field(0, ge=0)
     poll_seconds: float = Field(25.0, gt=0, lt=40)  # the official SDK hangs up after 45 s
     max_forward_backward_bytes: int = 256 << 20
     max_sample_bytes: int = 64 << 20
     max_body_bytes: int = 1 << 20
+    # What one tenant may have at once, unless `tinsmith admin tenants set` says otherwise.
+    max_runs: int = Field(10_000, ge=1)
+    max_queued: int = Field(20_000, ge=1)
+    # A client beats every 10 s. One that has not for so long is gone: its session is over.
+    session_seconds: float = Field(86400.0, ge=60)
+
+    database: SecretStr = SecretStr("")  # empty: SQLite in data_dir
+    redis: SecretStr = SecretStr("")
+    objects: str = ""  # a directory or s3://bucket/prefix; empty: a directory in data_dir
+    s3_endpoint: str = ""
+    s3_region: str = ""
+    s3_encryption: Literal["", "AES256", "aws:kms"] = ""
+    s3_kms_key: str = ""
+    # A worker that has not been heard of for so long is dead; its runs go to others.
+    lease_seconds: float = Field(6.0, ge=1)
+    metrics_port: int = Field(0, ge=0, le=65535)
+    scale_command: str = ""  # with {pool} and {count}; empty: processes on this machine
 
     @property
     def folder(self) -> Path:
         return self.data_dir.expanduser().resolve()
 
+    @property
+    def is_fleet(self) -> bool:
+        return bool(self.redis.get_secret_value())
 
-def read_settings(file: Path | None, **given: object) -> Settings:
-    """Settings from `file`, overridden by what was given (None: not given)."""
-    from_file = tomllib.loads(file.read_text()) if file else {}
-    return Settings(**{**from_file, **{k: v for k, v in given.items() if v is not None}})
+    @property
+    def database_url(self) -> str:
+        return self.database.get_secret_value() or f"sqlite:///{self.folder / 'journal.db'}"
+
+    @property
+    def objects_url(self) -> str:
+        return self.objects or str(self.folder / "objects")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get("TINSMITH_CONFIG", "")
+        in_file = (TomlConfigSettingsSource(settings_cls, Path(file)),) if file else ()
+        return (init_settings, env_settings, *in_file)
+
+
+def read_settings(file: Path | None = None, **given: object) -> Settings:
+    """What was given (None: not given), else the environment, else `file`, else the defaults."""
+    if file:
+        if not file.is_file():
+            raise ValueError(f"{file}: there is no such file")
+        os.environ["TINSMITH_CONFIG"] = str(file)
+    return Settings(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+
+def open_objects(settings: Settings) -> ObjectStore:
+    return open_store(
+        settings.objects_url,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        encryption=settings.s3_encryption,
+        kms_key=settings.s3_kms_key,
+    )
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What a worker is told by environment: where things are, secrets among it."""
+    return {
+        "TINSMITH_DATABASE": settings.database_url,
+        "TINSMITH_REDIS": settings.redis.get_secret_value(),
+        "TINSMITH_OBJECTS": settings.objects_url,
+        "TINSMITH_S3_ENDPOINT": settings.s3_endpoint,
+        "TINSMITH_S3_REGION": settings.s3_region,
+        "TINSMITH_S3_ENCRYPTION": settings.s3_encryption,
+        "TINSMITH_S3_KMS_KEY": settings.s3_kms_key,
+    }
+
+
+def worker_arguments(settings: Settings, base_model: str, path: str) -> list[str]:
+    """The command line of `python -m tinsmith_worker`, but for what only its parent knows."""
+    given = {
+        "base-model": base_model,
+        "path": path,
+        "data-dir": settings.folder,
+        "engine": settings.engine,
+        "pass-tokens": settings.pass_tokens,
+        "gap-seconds": settings.gap_seconds,
+        "snapshot-seconds": settings.snapshot_seconds,
+        "slot-bytes": settings.slot_bytes,
+        "host-bytes": settings.host_bytes,
+        "lease-seconds": settings.lease_seconds,
+    }
+    arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [*arguments, "--deterministic"] if settings.deterministic else arguments

@@ -1,14 +1,22 @@
-"""`python -m tinsmith_worker`: one worker process, started by `tinsmith serve`."""
+"""`python -m tinsmith_worker`: one worker process, started by `tinsmith serve` or as `tinsmith worker`.
+
+Where the database, Redis and the objects are comes by environment, so that no password shows among the
+processes: TINSMITH_DATABASE, TINSMITH_REDIS, TINSMITH_OBJECTS, TINSMITH_S3_*.
+"""
 
 import argparse
 import logging
+import math
+import os
 import signal
 import sys
+import uuid
 from pathlib import Path
 
+from tinsmith_api.journal import metrics
 from tinsmith_api.journal.objects import open_store
 from tinsmith_api.journal.store import Store
-from tinsmith_worker.channel import Channel
+from tinsmith_worker.channel import Channel, Line
 from tinsmith_worker.contract import Engine, Sampler
 from tinsmith_worker.intake import Drain
 from tinsmith_worker.null_engine import NullEngine, NullSampler
@@ -17,44 +25,97 @@ from tinsmith_worker.process import Worker, WorkerSettings
 DEFAULT_PATH = "tiny"
 """Names the base model that is made on first use."""
 
+log = logging.getLogger("tinsmith.worker")
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="tinsmith worker", description=__doc__)
-    parser.add_argument("--worker-id", required=True)
-    parser.add_argument("--base-model", required=True, help="the name clients use")
-    parser.add_argument(
-        "--path", default=DEFAULT_PATH, help="a folder or a hub id; 'tiny': the built-in base"
-    )
-    parser.add_argument("--journal", required=True, help="database URL")
-    parser.add_argument("--objects", required=True, help="directory of checkpoints and snapshots")
-    parser.add_argument("--data-dir", type=Path, required=True, help="where the built-in base is kept")
-    parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket to the parent")
-    parser.add_argument("--engine", choices=["torch", "null"], default="torch")
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--pass-tokens", type=int, default=WorkerSettings.pass_tokens)
-    parser.add_argument("--gap-seconds", type=float, default=WorkerSettings.gap_seconds)
-    parser.add_argument("--snapshot-seconds", type=float, default=WorkerSettings.snapshot_seconds)
-    given = parser.parse_args()
+    given = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Ctrl-C reaches the whole process group; the parent decides when its workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if given.channel is not None else _leave)
+    signal.signal(signal.SIGTERM, _leave)
+    metrics.serve(given.metrics_port)
+    worker_id = given.worker_id or f"w-{uuid.uuid4().hex[:12]}"
+    # A worker has nothing better to do than to wait for the database: its results must not be lost.
+    journal = Store(os.environ["TINSMITH_DATABASE"], patience_seconds=math.inf)
+    channel = _open_channel(given, journal, worker_id)
     try:
         engine, sampler = _open_engine(given)
     except (OSError, ValueError) as error:
         sys.exit(f"tinsmith: cannot serve {given.base_model} from {given.path}: {error}")
     worker = Worker(
-        worker_id=given.worker_id,
+        worker_id=worker_id,
         base_model=given.base_model,
-        journal=Store(given.journal),
-        objects=open_store(given.objects),
+        journal=journal,
+        objects=open_store(
+            os.environ["TINSMITH_OBJECTS"],
+            endpoint=os.environ.get("TINSMITH_S3_ENDPOINT", ""),
+            region=os.environ.get("TINSMITH_S3_REGION", ""),
+            encryption=os.environ.get("TINSMITH_S3_ENCRYPTION", ""),
+            kms_key=os.environ.get("TINSMITH_S3_KMS_KEY", ""),
+        ),
         engine=engine,
         sampler=sampler,
-        channel=Channel(given.channel),
-        settings=WorkerSettings(given.pass_tokens, given.gap_seconds, given.snapshot_seconds),
+        channel=channel,
+        settings=WorkerSettings(
+            pass_tokens=given.pass_tokens,
+            gap_seconds=given.gap_seconds,
+            snapshot_seconds=given.snapshot_seconds,
+            slot_bytes=given.slot_bytes,
+            host_bytes=given.host_bytes,
+        ),
     )
-    signal.signal(signal.SIGTERM, lambda *_: worker.inbox.put(Drain()))
+    for number in (signal.SIGTERM, signal.SIGINT) if given.channel is None else (signal.SIGTERM,):
+        signal.signal(number, lambda *_: worker.inbox.put(Drain()))
     worker.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tinsmith worker", description=__doc__)
+    parser.add_argument("--worker-id", default="", help="default: a new one")
+    parser.add_argument("--base-model", required=True, help="the name clients use")
+    parser.add_argument(
+        "--path", default=DEFAULT_PATH, help="a folder or a hub id; 'tiny': the built-in base"
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, help="where the built-in base is kept")
+    parser.add_argument("--channel", type=int, help="descriptor of the socket to the parent, if there is one")
+    parser.add_argument("--lease-seconds", type=float, default=6.0)
+    parser.add_argument("--metrics-port", type=int, default=0)
+    parser.add_argument("--engine", choices=["torch", "null"], default="torch")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--pass-tokens", type=int, default=WorkerSettings.pass_tokens)
+    parser.add_argument("--gap-seconds", type=float, default=WorkerSettings.gap_seconds)
+    parser.add_argument("--snapshot-seconds", type=float, default=WorkerSettings.snapshot_seconds)
+    parser.add_argument("--slot-bytes", type=int, default=WorkerSettings.slot_bytes)
+    parser.add_argument("--host-bytes", type=int, default=WorkerSettings.host_bytes)
+    return parser
+
+
+def _leave(*_: object) -> None:
+    """Asked to stop while the base is still loading: there is nothing to hand over."""
+    log.info("stopped before the base model was loaded")
+    os._exit(0)
+
+
+def _open_channel(given: argparse.Namespace, journal: Store, worker_id: str) -> Line:
+    if given.channel is not None:
+        return Channel(given.channel)
+    from tinsmith_worker.fleet_channel import FleetChannel
+
+    return FleetChannel(
+        journal,
+        os.environ["TINSMITH_REDIS"],
+        worker_id,
+        given.base_model,
+        lease_seconds=given.lease_seconds,
+        on_given_up=_begin_anew,
+    )
+
+
+def _begin_anew() -> None:
+    """Everything in this process belongs to others by now: be a new worker."""
+    os.execv(sys.executable, [sys.executable, "-m", "tinsmith_worker", *sys.argv[1:]])
 
 
 def _open_engine(given: argparse.Namespace) -> tuple[Engine, Sampler]:

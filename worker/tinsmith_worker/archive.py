@@ -92,7 +92,7 @@ class Archive:
         # Operations up to seq_id will not be executed again, so their results must be on disk first. They
         # were handed to the outbox before this line.
         results_handed_over = self._outbox.handed_over()
-        key = f"snapshots/{lease.run_id}/{seq_id}-{uuid4().hex[:8]}"
+        key = f"{lease.tenant_id}/snapshots/{lease.run_id}/{seq_id}-{uuid4().hex[:8]}"
 
         def write() -> None:
             started = time.monotonic()

@@ -7,6 +7,15 @@ The embedded form's doorbell and wake-up: a socket pair, one line a message. Par
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Protocol
+
+
+class Line(Protocol):
+    """What a worker needs of whoever rings for it: `Channel` here, or `fleet_channel.FleetChannel`."""
+
+    def messages(self) -> Iterator[list[list[str]]]: ...
+    def send(self, *words: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class Channel:
@@ -35,3 +44,6 @@ class Channel:
                 self._socket.sendall(line)
         except OSError:
             return  # the other side is gone; `messages` ends and the process with it
+
+    def close(self) -> None:
+        self._socket.close()

@@ -99,7 +99,8 @@ class Intake:
 
     def start(self) -> None:
         """Everything that was waiting when this process began."""
-        self.ring(self.journal.read(lambda c: ops.backlog(c, self.base_model)).result())
+        backlog = self.journal.read(lambda c: ops.backlog(c, self.worker_id, self.base_model)).result()
+        self.ring(list(backlog))
 
     def ring(self, request_ids: Sequence[str]) -> None:
         """Bring these operations, and the runs they belong to, into the inbox."""

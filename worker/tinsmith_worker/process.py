@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import sqlalchemy as sa
+
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
 from tinsmith_api.journal import leases
@@ -22,7 +24,7 @@ from tinsmith_api.journal.operations import LeaseLost
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers
 from tinsmith_worker.archive import Archive, RecoveryPoint
-from tinsmith_worker.channel import Channel
+from tinsmith_worker.channel import Line
 from tinsmith_worker.contract import AdamParams, Engine, Failure, LoraSpec, Sampler, Work
 from tinsmith_worker.intake import (
     Adopt,
@@ -53,6 +55,8 @@ class WorkerSettings:
     gap_seconds: float = 600.0
     snapshot_seconds: float = 15.0
     samplers_held: int = 32
+    slot_bytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Worker:
         objects: ObjectStore,
         engine: Engine,
         sampler: Sampler,
-        channel: Channel,
+        channel: Line,
         settings: WorkerSettings,
     ) -> None:
         self.worker_id = worker_id
@@ -111,7 +115,13 @@ class Worker:
     def run(self) -> None:
         """Serve until told to drain or until whoever started this process is gone."""
         facts = vars(self.engine.facts)
-        self.journal.write(lambda c: leases.describe_worker(c, self.worker_id, facts)).result()
+
+        def enter(connection: sa.Connection) -> None:
+            leases.describe_worker(connection, self.worker_id, facts)
+            # What waits for workers that are gone, before this one looks for what it has to do.
+            leases.sweep(connection, self.base_model, dead_after_seconds=None)
+
+        self.journal.write(enter).result()
         threading.Thread(target=self._listen, name="intake", daemon=True).start()
         while not self.draining:
             self._receive(wait=not self.sampling.busy)
@@ -404,4 +414,5 @@ class Worker:
         self.archive.close()
         self.outbox.close()
         self.journal.write(lambda c: leases.stop_worker(c, self.worker_id)).result()
+        self.channel.close()
         self.journal.close()

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tinsmith_api.journal.operations import insert_if_new
-from tinsmith_api.journal.tables import keys, runs, sampling_sessions, sessions, tenants
+from tinsmith_api.journal.tables import keys, operations, runs, sampling_sessions, sessions, tenants
 
 Json = dict[str, Any]
 
@@ -49,6 +49,20 @@ def list_keys(connection: sa.Connection) -> Sequence[Any]:
     return connection.execute(statement.join(tenants).order_by(keys.c.id)).all()
 
 
+def change_tenant(connection: sa.Connection, name: str, changes: Json) -> bool:
+    """Set some of weight, max_runs, max_queued (0: the default). False if there is no such tenant."""
+    known = sa.select(tenants.c.id).where(tenants.c.name == name)
+    if connection.execute(known).one_or_none() is None:
+        return False
+    if changes:
+        connection.execute(sa.update(tenants).where(tenants.c.name == name).values(changes))
+    return True
+
+
+def list_tenants(connection: sa.Connection) -> Sequence[Any]:
+    return connection.execute(sa.select(tenants).order_by(tenants.c.name)).all()
+
+
 def tenant_of_key(connection: sa.Connection, hashed: str) -> str | None:
     statement = sa.select(keys.c.tenant_id).where(keys.c.sha256 == hashed, keys.c.revoked_at.is_(None))
     return connection.execute(statement).scalar_one_or_none()
@@ -84,6 +98,28 @@ def finish_session(connection: sa.Connection, session_id: str, reason: str, deta
         .where(sessions.c.id == session_id, sessions.c.finished_at.is_(None))
         .values(finished_at=time.time(), finish_reason=reason, finish_detail=detail)
     )
+
+
+def reap_sessions(connection: sa.Connection, *, silent_since: float, at_most: int) -> int:
+    """Finish sessions without heartbeat or call since then; how many. (Some clients never beat.)"""
+    calls = [
+        sa.exists().where(
+            table.c.session_id == sessions.c.id,
+            operations.c.subject == table.c.id,
+            operations.c.submitted_at > silent_since,
+        )
+        for table in (runs, sampling_sessions)
+    ]
+    silent = (
+        sa.select(sessions.c.id)
+        .where(sessions.c.finished_at.is_(None), sessions.c.heartbeat_at < silent_since, ~sa.or_(*calls))
+        .limit(at_most)
+    )
+    statement = sa.update(sessions).where(sessions.c.id.in_(silent), sessions.c.finished_at.is_(None))
+    detail = "nothing was heard of the client any more"
+    return connection.execute(
+        statement.values(finished_at=time.time(), finish_reason="interrupted", finish_detail=detail)
+    ).rowcount
 
 
 def run(connection: sa.Connection, run_id: str, tenant_id: str) -> sa.Row[Any] | None:

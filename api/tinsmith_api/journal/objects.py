@@ -125,6 +125,8 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def open_store(url: str) -> ObjectStore:
+def open_store(
+    url: str, *, endpoint: str = "", region: str = "", encryption: str = "", kms_key: str = ""
+) -> ObjectStore:
     """The store at `url`: a local directory."""
     return DirectoryStore(Path(url))

@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tinsmith_api.journal.tables import operations, payloads, results, runs
+from tinsmith_api.journal.tables import operations, payloads, results, runs, sessions, tenants
 
 Json = dict[str, Any]
 
@@ -51,6 +51,7 @@ class Operation:
     state: str = QUEUED
     submitted_at: float = 0.0
     payload: bytes | None = None
+    worker_id: str | None = None  # of an operation that belongs to no run
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class Outcome:
     state: str
     body: bytes | None
     error: Json | None
+    base_model: str = ""
+
+
+@dataclass
+class Usage:
+    """What a tenant has at this moment, and the limits of its own (None: the service's)."""
+
+    queued: int
+    runs: int
+    max_queued: int | None
+    max_runs: int | None
 
 
 class Unfinished(Exception):  # noqa: N818 - the name says what is wrong
@@ -75,7 +87,9 @@ class LeaseLost(Exception):  # noqa: N818 - the name says what happened
 _REQUEST_ID: sa.BindParameter[str] = sa.bindparam("of_request")
 
 _OUTCOME = (
-    sa.select(operations.c.kind, operations.c.state, operations.c.error, results.c.body)
+    sa.select(
+        operations.c.kind, operations.c.state, operations.c.error, results.c.body, operations.c.base_model
+    )
     .join_from(operations, results, operations.c.request_id == results.c.request_id, isouter=True)
     .where(operations.c.request_id == _REQUEST_ID, operations.c.tenant_id == sa.bindparam("of_tenant"))
 )
@@ -86,11 +100,17 @@ _FETCH = _WITH_PAYLOADS.where(operations.c.request_id.in_(sa.bindparam("of_reque
 _HISTORY = _WITH_PAYLOADS.where(
     operations.c.subject == sa.bindparam("of_run"), operations.c.seq_id > sa.bindparam("after_seq")
 )
-_LEASE = sa.select(runs.c.id).where(
-    runs.c.id == sa.bindparam("of_run"),
-    runs.c.worker_id == sa.bindparam("of_worker"),
-    runs.c.epoch == sa.bindparam("of_epoch"),
+# Locked, so that the run cannot change hands between this look and the write behind it.
+_LEASE = (
+    sa.select(runs.c.deaths)
+    .where(
+        runs.c.id == sa.bindparam("of_run"),
+        runs.c.worker_id == sa.bindparam("of_worker"),
+        runs.c.epoch == sa.bindparam("of_epoch"),
+    )
+    .with_for_update()
 )
+_FORGET_DEATHS = sa.update(runs).where(runs.c.id == sa.bindparam("of_run")).values(deaths=0)
 _QUEUED_BEHIND = (
     sa.select(sa.func.count())
     .select_from(operations)
@@ -147,7 +167,7 @@ def refuse(connection: sa.Connection, operation: Operation, error: Json) -> Oper
 def outcome(connection: sa.Connection, request_id: str, tenant_id: str) -> Outcome | None:
     """The state of one of this tenant's futures; None if there is none."""
     row = connection.execute(_OUTCOME, {"of_request": request_id, "of_tenant": tenant_id}).one_or_none()
-    return None if row is None else Outcome(row.kind, row.state, row.body, row.error)
+    return None if row is None else Outcome(row.kind, row.state, row.body, row.error, row.base_model)
 
 
 def fetch(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operation]:
@@ -156,14 +176,49 @@ def fetch(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operati
     return [replace(_operation(row), payload=row.body) for row in rows]
 
 
-def backlog(connection: sa.Connection, base_model: str) -> list[str]:
-    """Request ids of everything of this base model that waits to be executed, oldest first."""
+def backlog(
+    connection: sa.Connection, worker_id: str, base_model: str, at_most: int = 5000
+) -> dict[str, int]:
+    """What waits to be executed by this worker, oldest first: request id -> its run's epoch (samples: 0)."""
     statement = (
-        sa.select(operations.c.request_id)
-        .where(operations.c.base_model == base_model, operations.c.state == QUEUED)
+        sa.select(operations.c.request_id, sa.func.coalesce(runs.c.epoch, 0))
+        .join_from(operations, runs, operations.c.subject == runs.c.id, isouter=True)
+        .where(
+            operations.c.base_model == base_model,
+            operations.c.state == QUEUED,
+            sa.func.coalesce(runs.c.worker_id, operations.c.worker_id) == worker_id,
+        )
         .order_by(operations.c.submitted_at)
+        .limit(at_most)
     )
-    return list(connection.execute(statement).scalars())
+    return {row[0]: row[1] for row in connection.execute(statement)}
+
+
+def usage(connection: sa.Connection, tenant_id: str) -> Usage:
+    queued = sa.select(sa.func.count()).where(
+        operations.c.tenant_id == tenant_id, operations.c.state == QUEUED
+    )
+    is_open = sa.exists().where(sessions.c.id == runs.c.session_id, sessions.c.finished_at.is_(None))
+    open_runs = sa.select(sa.func.count()).where(runs.c.tenant_id == tenant_id, is_open)
+    row = connection.execute(
+        sa.select(
+            queued.scalar_subquery().label("queued"),
+            open_runs.scalar_subquery().label("runs"),
+            tenants.c.max_queued,
+            tenants.c.max_runs,
+        ).where(tenants.c.id == tenant_id)
+    ).one()
+    return Usage(row.queued, row.runs, row.max_queued, row.max_runs)
+
+
+def queued_counts(connection: sa.Connection) -> dict[str, int]:
+    """How many operations wait, by base model."""
+    statement = (
+        sa.select(operations.c.base_model, sa.func.count())
+        .where(operations.c.state == QUEUED)
+        .group_by(operations.c.base_model)
+    )
+    return {row[0]: row[1] for row in connection.execute(statement)}
 
 
 def history(connection: sa.Connection, run_id: str, after_seq: int) -> list[Operation]:
@@ -191,8 +246,8 @@ def finish(
     is_replayed: whether a replay executes it if it is DONE; if not, its payload is of no more use.
     For an operation of a run (`run_id`), LeaseLost unless this worker holds it under this epoch.
     """
-    if run_id is not None:
-        check_lease(connection, run_id, worker_id, epoch)
+    if run_id is not None and check_lease(connection, run_id, worker_id, epoch):
+        connection.execute(_FORGET_DEATHS, {"of_run": run_id})
     state = FAILED if error and not has_effect else DONE
     outcome = {"new_state": state, "new_finished_at": time.time(), "new_error": error}
     updated = connection.execute(_FINISH, {"of_request": request_id, **outcome})
@@ -232,11 +287,13 @@ def give_up(
     return late
 
 
-def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> None:
+def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> int:
+    """LeaseLost unless this worker holds the run under this epoch. Returns the run's `deaths`."""
     lease = {"of_run": run_id, "of_worker": worker_id, "of_epoch": epoch}
-    held = connection.execute(_LEASE, lease).one_or_none()
-    if held is None:
+    deaths: int | None = connection.execute(_LEASE, lease).scalar_one_or_none()
+    if deaths is None:
         raise LeaseLost(run_id)
+    return deaths
 
 
 def record_snapshot(
@@ -253,6 +310,8 @@ def record_snapshot(
     before = connection.execute(
         sa.select(runs.c.snapshot_seq, runs.c.snapshot_key).where(runs.c.id == run_id)
     ).one()
+    if before.snapshot_key == key:
+        return None  # recorded already; the connection broke before that was known
     assert before.snapshot_seq < seq_id, (
         f"{run_id}: a snapshot of {seq_id} behind one of {before.snapshot_seq}"
     )
@@ -298,4 +357,5 @@ def _operation(row: sa.Row[Any]) -> Operation:
         request_id=row.request_id,
         state=row.state,
         submitted_at=row.submitted_at,
+        worker_id=row.worker_id,
     )

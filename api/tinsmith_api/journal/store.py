@@ -2,13 +2,15 @@
 
 A write is a function of a connection. Functions that wait together are committed together, so a busy
 service pays for one flush to disk where an idle one pays for one per call. A function may be run twice
-(when another one of its group failed and the group was rolled back), so it must do nothing but SQL.
+(when another one of its group failed and the group was rolled back, or when the connection broke before it
+was known whether it was committed), so it must do nothing but SQL, and nothing more the second time.
 """
 
 import fcntl
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,26 +26,37 @@ Statement = Callable[[sa.Connection], Result]
 
 # Beyond this many functions a group's first waiter would wait for the others longer than for the disk.
 _GROUP = 64
+# Processes that start together bring the schema up to date one after the other.
+_MIGRATION_LOCK = 7_465_217
+
+
+class Unavailable(Exception):  # noqa: N818 - the name says what is wrong
+    """The database could not be reached for as long as this process waits for it."""
 
 
 class Store:
-    """Opens `url` ("sqlite:////path/to/file" or a PostgreSQL URL) and brings its schema up to date."""
+    """Opens `url` ("sqlite:////path/to/file" or a PostgreSQL URL) and brings its schema up to date.
 
-    def __init__(self, url: str) -> None:
+    A server that is gone is waited for, at most `patience_seconds`; then Unavailable.
+    """
+
+    def __init__(self, url: str, *, patience_seconds: float = 20.0) -> None:
         self.url = sa.make_url(url)
+        self.patience_seconds = patience_seconds
         self._is_sqlite = self.url.get_backend_name() == "sqlite"
         # Two processes write to one SQLite file. A lock file makes the second wait in line and wake at
         # once; SQLite's own waiting sleeps in growing steps.
         self._turn_file = open(f"{self.url.database}.turn", "wb") if self._is_sqlite else None  # noqa: SIM115
-        self._writes = sa.create_engine(self.url, pool_size=1, max_overflow=0)
-        self._reads = sa.create_engine(self.url, pool_size=16, isolation_level="AUTOCOMMIT")
+        options: dict[str, Any] = {} if self._is_sqlite else {"connect_args": _TO_POSTGRESQL}
+        self._writes = sa.create_engine(self.url, pool_size=1, max_overflow=0, **options)
+        self._reads = sa.create_engine(self.url, pool_size=16, isolation_level="AUTOCOMMIT", **options)
         self._mine = threading.local()  # each reading thread keeps its connection
         if self._is_sqlite:
             for engine in (self._writes, self._reads):
                 sa.event.listen(engine, "connect", _prepare_sqlite)
             sa.event.listen(self._writes, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
         with self._turn():
-            self._migrate()
+            self._repeat_while_gone(self._migrate)
         self._jobs: queue.SimpleQueue[tuple[Statement[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="journal-read")
         self._writer = threading.Thread(target=self._write_forever, name="journal-write", daemon=True)
@@ -84,9 +97,36 @@ class Store:
             self._turn_file.close()
 
     def _read(self, statement: Statement[Result]) -> Result:
-        if not hasattr(self._mine, "connection"):
+        return self._repeat_while_gone(lambda: self._read_once(statement))
+
+    def _read_once(self, statement: Statement[Result]) -> Result:
+        if getattr(self._mine, "connection", None) is None:
             self._mine.connection = self._reads.connect()
-        return statement(self._mine.connection)
+        try:
+            return statement(self._mine.connection)
+        except sa.exc.DBAPIError as error:
+            if _is_gone(error):
+                self._mine.connection.invalidate()
+                self._mine.connection.close()
+                self._mine.connection = None
+            raise
+
+    def _repeat_while_gone(self, attempt: Callable[[], Result]) -> Result:
+        """Until the database answers, be it with an error of its own; Unavailable when patience is over."""
+        until = time.monotonic() + self.patience_seconds
+        pause = 0.05
+        while True:
+            try:
+                return attempt()
+            except sa.exc.DBAPIError as error:
+                if not _is_gone(error):
+                    raise
+                if time.monotonic() >= until:
+                    raise Unavailable(f"the database does not answer: {error.orig}") from error
+                if pause == 0.05:
+                    log.warning("the database does not answer (%s); trying again", str(error.orig).strip())
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
     def _write_forever(self) -> None:
         job = self._jobs.get()
@@ -102,9 +142,12 @@ class Store:
             job = None if last is None else self._jobs.get()
 
     def _commit(self, group: list[tuple[Statement[Any], "Future[Any]"]]) -> None:
-        try:
+        def attempt() -> list[Any]:
             with self._turn(), self._writes.begin() as connection:
-                results = [statement(connection) for statement, _ in group]
+                return [statement(connection) for statement, _ in group]
+
+        try:
+            results = self._repeat_while_gone(attempt)
         except BaseException as error:  # whatever it was belongs to who asked, not to this thread
             if len(group) == 1:
                 group[0][1].set_exception(error)
@@ -133,8 +176,35 @@ class Store:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self._writes.begin() as connection:
+            if not self._is_sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+
+# A server that is cut off is noticed in seconds: by the kernel's probes when nothing is under way, and by its
+# unacknowledged bytes when something is.
+_TO_POSTGRESQL = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "application_name": "tinsmith",
+}
+# Deadlock and serialization failures: nothing was done, and the next attempt finds another order.
+_TRY_AGAIN = {"40001", "40P01"}
+
+
+def _is_gone(error: sa.exc.DBAPIError) -> bool:
+    """Whether the connection broke, or could not be made, or the attempt is worth repeating as it is."""
+    if error.connection_invalidated:
+        return True
+    code = getattr(error.orig, "sqlstate", None)
+    if code is not None:
+        # 57P01..03: shut down, crashed, starting up; 53300: too many connections just now.
+        return code in _TRY_AGAIN or code[:2] == "08" or code in {"57P01", "57P02", "57P03", "53300"}
+    return isinstance(error, sa.exc.OperationalError) and type(error.orig).__module__.startswith("psycopg")
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:

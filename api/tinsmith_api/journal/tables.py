@@ -13,6 +13,10 @@ tenants = sa.Table(
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("name", sa.String, nullable=False, unique=True),
     sa.Column("created_at", sa.Float, nullable=False),
+    # Its share of a worker that others want too, and what it may have at once (NULL: the service's default).
+    sa.Column("weight", sa.Float, nullable=False, server_default="1"),
+    sa.Column("max_runs", sa.Integer),
+    sa.Column("max_queued", sa.Integer),
 )
 
 keys = sa.Table(
@@ -52,7 +56,10 @@ workers = sa.Table(
     sa.Column("facts", sa.JSON, nullable=False),
     sa.Column("started_at", sa.Float, nullable=False),
     sa.Column("heartbeat_at", sa.Float, nullable=False),
+    sa.Column("ready_at", sa.Float),  # its base model is loaded
+    sa.Column("draining_at", sa.Float),  # it was asked to leave and gets no more runs
     sa.Column("stopped_at", sa.Float),
+    sa.Column("died", sa.Boolean, nullable=False, server_default=sa.false()),  # it did not leave by itself
 )
 
 runs = sa.Table(
@@ -65,9 +72,11 @@ runs = sa.Table(
     sa.Column("lora", sa.JSON, nullable=False),  # rank, seed, train_attn, train_mlp, train_unembed
     sa.Column("user_metadata", sa.JSON, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
-    # The lease: who may write for this run. A finish under an older epoch is refused.
+    # The lease: where the run is placed, and who may write for it. A finish under an older epoch is refused.
     sa.Column("worker_id", sa.String, index=True),
     sa.Column("epoch", sa.Integer, nullable=False),
+    # How many workers in a row died holding it, with none of its operations finished in between.
+    sa.Column("deaths", sa.Integer, nullable=False, server_default="0"),
     # The snapshot: the state after every operation up to snapshot_seq, -1 before the first.
     sa.Column("snapshot_seq", sa.Integer, nullable=False),
     sa.Column("snapshot_key", sa.String),
@@ -83,6 +92,8 @@ operations = sa.Table(
     sa.Column("kind", sa.String, nullable=False),
     sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
     sa.Column("base_model", sa.String, nullable=False),
+    # Who is to execute it, for an operation that belongs to no run (sample).
+    sa.Column("worker_id", sa.String),
     sa.Column("state", sa.String, nullable=False),  # queued, done, failed
     sa.Column("tokens", sa.Integer, nullable=False),
     sa.Column("submitted_at", sa.Float, nullable=False),
@@ -91,6 +102,7 @@ operations = sa.Table(
     sa.Column("error", sa.JSON(none_as_null=True)),  # {"error": sentence, "category": "user" | "server"}
     sa.UniqueConstraint("subject", "seq_id"),
     sa.Index("operations_open", "base_model", "state"),
+    sa.Index("operations_of_tenant", "tenant_id", "state"),
 )
 
 # Bodies are kept apart from the rows that queues scan, so that those stay small.

@@ -27,11 +27,19 @@ async def retrieve_future(mine: Mine, request: Request) -> Response:
     body = parse(RetrieveFuture, await read_body(request, mine.service.settings.max_body_bytes))
     outcome = await _outcome(mine, body.request_id)
     if outcome.state == ops.QUEUED:
-        again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
-        return reply(again, 408)
+        return reply(await _try_again(mine, body.request_id, outcome), 408)
     if outcome.error is not None:
         return reply(outcome.error)
     return _result(outcome, wants_protobuf=_PROTOBUF in request.headers.get("accept", ""))
+
+
+async def _try_again(mine: Owner, request_id: str, outcome: Outcome) -> dict[str, str]:
+    answer = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
+    pool = (await mine.service.pools()).get(outcome.base_model)
+    if pool is not None and pool.ready:
+        return answer
+    reason = f"no worker of {outcome.base_model} is ready; nothing is lost, it goes on when one is"
+    return {**answer, "queue_state": "paused_capacity", "queue_state_reason": reason}
 
 
 async def _outcome(mine: Owner, request_id: str) -> Outcome:

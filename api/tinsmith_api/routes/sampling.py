@@ -48,7 +48,7 @@ async def create_sampling_session(mine: Mine, request: Request) -> Response:
         base_model, prefix = run.base_model, checkpoint.object_prefix
     if base_model is None:
         raise InvalidInput("create_sampling_session needs base_model or model_path")
-    mine.service.check_model(base_model)
+    await mine.service.pool(base_model)
     sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
     row = {
         "id": sampler_id,

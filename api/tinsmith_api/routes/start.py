@@ -16,13 +16,13 @@ router = APIRouter(prefix="/api/v1")
 @router.get("/healthz")
 async def healthz(service: Annotated[Service, Depends(service_of)]) -> Response:
     """200 once every base model is loaded, 503 before."""
-    return reply({"status": "ok"}) if service.workers.ready else reply({"status": "starting"}, 503)
+    return reply({"status": "ok"}) if service.doorbell.ready else reply({"status": "starting"}, 503)
 
 
 @router.get("/get_server_capabilities")
 async def get_server_capabilities(mine: Mine) -> Response:
     models = []
-    for name in mine.service.settings.models:
+    for name in sorted(await mine.service.pools()):
         facts = await mine.service.facts(name)
         models.append(
             {

@@ -428,7 +428,7 @@ async def _save(
         "kind": kind,
         "name": name,
         # Its own folder for every save: what was saved under the name before stays until this one is whole.
-        "object_prefix": f"checkpoints/{run.id}/{request_id}",
+        "object_prefix": f"{mine.tenant_id}/checkpoints/{run.id}/{request_id}",
         "ttl_seconds": body.ttl_seconds,
         "user_metadata": body.user_metadata,
         **(extra or {}),

@@ -1,0 +1,92 @@
+"""The distributed form: the doorbell and the wake-up over Redis, and the processes beside the API's."""
+
+import asyncio
+import functools
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from celery import beat
+from celery.worker import WorkController
+from kombu.entity import Queue
+
+from tinsmith_api.house import PERIODS, House
+from tinsmith_api.journal import metrics
+from tinsmith_api.journal.bell import JOBS_QUEUE, Bell, Listener, make_celery
+from tinsmith_api.journal.store import Store
+from tinsmith_api.settings import Settings, open_objects
+
+
+class Fleet:
+    """Workers that live elsewhere. `on_done` and `on_connect` are called on the event loop."""
+
+    ready = True  # what there is of workers is the pools' matter, not this process's
+
+    def __init__(
+        self, redis_url: str, *, on_done: Callable[[str], None], on_connect: Callable[[], None]
+    ) -> None:
+        self._redis_url = redis_url
+        self._on_done = on_done
+        self._on_connect = on_connect
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def wake(request_ids: Sequence[str]) -> None:
+            for request_id in request_ids:
+                self._on_done(request_id)
+
+        self._bell = Bell(self._redis_url)
+        self._listener = Listener(
+            self._redis_url,
+            on_done=lambda ids: loop.call_soon_threadsafe(wake, ids),
+            on_connect=functools.partial(loop.call_soon_threadsafe, self._on_connect),
+        )
+        self._listener.start()
+
+    def ring(self, worker_id: str, request_id: str) -> None:
+        self._bell.ring(worker_id, request_id)
+
+    async def stop(self) -> None:
+        self._listener.close()
+        await asyncio.to_thread(self._bell.close)
+
+
+def run_jobs(settings: Settings) -> None:
+    """`tinsmith jobs`: do what beat says, until told to stop."""
+    metrics.serve(settings.metrics_port)
+    app = make_celery(settings.redis.get_secret_value())
+    house = House(settings, Store(settings.database_url, patience_seconds=300.0), open_objects(settings))
+
+    for name in PERIODS:
+        app.task(functools.partial(house.do, name), name=f"tinsmith.{name}")
+    app.finalize()
+    controller: Any = WorkController(
+        app=app,
+        pool="threads",
+        concurrency=2,
+        queues=[Queue(JOBS_QUEUE, exchange="", routing_key=JOBS_QUEUE)],
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: threading.Thread(target=controller.stop).start())
+    controller.start()
+
+
+def run_beat(settings: Settings) -> None:
+    """`tinsmith beat`: say when what is due. Nothing is kept: after a restart everything is due at once."""
+    metrics.serve(settings.metrics_port)
+    app = make_celery(settings.redis.get_secret_value())
+    app.conf.beat_schedule = {
+        # What was not begun before it is due again is not begun at all.
+        name: {"task": f"tinsmith.{name}", "schedule": seconds, "options": {"expires": seconds}}
+        for name, seconds in PERIODS.items()
+    }
+    app.finalize()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    beat.Service(app=app, max_interval=5, scheduler_cls=beat.Scheduler).start()

@@ -1,0 +1,106 @@
+"""What has to be done now and then: expiring, reaping, sweeping, pruning, counting.
+
+The embedded service does it itself; a fleet's beat says when, and any of its job processes does it. Every
+job may run twice, or at the same time as itself.
+"""
+
+import functools
+import logging
+import time
+
+import sqlalchemy as sa
+
+from tinsmith_api.journal import checkpoints, identities, leases, metrics
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.objects import ObjectStore
+from tinsmith_api.journal.store import Statement, Store
+from tinsmith_api.journal.tables import sampled_sequences
+from tinsmith_api.settings import Settings
+
+log = logging.getLogger("tinsmith")
+
+PERIODS = {
+    "sweep": 5.0,
+    "expire_checkpoints": 60.0,
+    "reap_sessions": 60.0,
+    "collect_garbage": 60.0,
+    "prune_journal": 60.0,
+}
+"""The chores, methods of House, and the seconds between two runs of each."""
+
+_DAY_SECONDS = 86400.0
+_WEEK_SECONDS = 7 * _DAY_SECONDS
+# What is deleted in one transaction: everybody else's writes wait for it.
+_PIECE = 500
+
+
+class House:
+    def __init__(self, settings: Settings, journal: Store, objects: ObjectStore) -> None:
+        self.settings = settings
+        self.journal = journal
+        self.objects = objects
+
+    def do(self, chore: str) -> None:
+        """One of PERIODS. What goes wrong is logged, and tried again when it is due again."""
+        try:
+            getattr(self, chore)()
+        except Exception:
+            log.exception("%s failed; it is tried again in %g s", chore, PERIODS[chore])
+
+    def sweep(self) -> None:
+        """See to pools whose workers are all gone, and count what waits. Workers see to each other sooner."""
+        counts = self.journal.read(ops.queued_counts).result()
+        for name, pool in self._pools().items():
+            # Wide: this process may have been cut off itself.
+            patience = 5 * self.settings.lease_seconds if self.settings.is_fleet else None
+            self.journal.write(
+                functools.partial(leases.sweep, base_model=name, dead_after_seconds=patience)
+            ).result()
+            metrics.QUEUED.labels(name).set(counts.get(name, 0))
+            for state, number in (
+                ("ready", len(pool.ready)),
+                ("starting", pool.starting),
+                ("draining", pool.draining),
+            ):
+                metrics.WORKERS.labels(name, state).set(number)
+
+    def expire_checkpoints(self) -> None:
+        self._repeat(functools.partial(checkpoints.expire, at_most=_PIECE))
+        unnamed = functools.partial(checkpoints.unnamed_left, at_most=_PIECE)
+        while paths := self.journal.read_apart(unnamed).result():
+            self.journal.write(functools.partial(checkpoints.delete_all, paths=paths)).result()
+
+    def reap_sessions(self) -> None:
+        """Finish the sessions of clients that are gone. Their runs stay: a worker has snapshotted and let go
+        of those that nobody called."""
+        silent_since = time.time() - self.settings.session_seconds
+        self._repeat(functools.partial(identities.reap_sessions, silent_since=silent_since, at_most=_PIECE))
+
+    def collect_garbage(self) -> None:
+        for prefix in self.journal.read_apart(checkpoints.due_garbage).result():
+            self.objects.delete(prefix)
+            self.journal.write(functools.partial(checkpoints.forget_garbage, object_prefix=prefix)).result()
+
+    def prune_journal(self) -> None:
+        """Forget results nobody fetched for a day, and workers gone for a week."""
+        day_ago = time.time() - _DAY_SECONDS
+        self._repeat(functools.partial(ops.purge_results, finished_before=day_ago, at_most=_PIECE))
+        self._repeat(functools.partial(_purge_sampled, created_before=day_ago))
+        week_ago = time.time() - _WEEK_SECONDS
+        self.journal.write(functools.partial(leases.forget_workers, stopped_before=week_ago)).result()
+
+    def _pools(self) -> dict[str, leases.Pool]:
+        heard = 2 * self.settings.lease_seconds if self.settings.is_fleet else None
+        return self.journal.read(lambda c: leases.pools(c, heard_within_seconds=heard)).result()
+
+    def _repeat(self, purge: Statement[int]) -> None:
+        """One piece after the other until nothing is left."""
+        while self.journal.write(purge).result():
+            pass
+
+
+def _purge_sampled(connection: sa.Connection, created_before: float) -> int:
+    old = (
+        sa.select(sampled_sequences.c.id).where(sampled_sequences.c.created_at < created_before).limit(_PIECE)
+    )
+    return connection.execute(sa.delete(sampled_sequences).where(sampled_sequences.c.id.in_(old))).rowcount

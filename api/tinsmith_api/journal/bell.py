@@ -1,0 +1,234 @@
+"""The distributed form's doorbell and wake-up: names of operations on Celery queues, of results on Redis
+pub/sub. Nothing here has to arrive: the journal knows everything, and whoever misses a word finds it there.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import redis
+from celery import Celery
+from celery.worker import WorkController
+from kombu.entity import Queue
+
+log = logging.getLogger("tinsmith")
+
+RING = "tinsmith.ring"
+DONE_CHANNEL = "tinsmith.done"
+JOBS_QUEUE = "tinsmith.jobs"
+
+# A queue that nobody reads any more goes away by itself.
+_QUEUE_EXPIRES_SECONDS = 3600
+_PAUSE_SECONDS = 0.5
+# What one message carries at most, so that no reader holds up another for long.
+_IDS = 256
+
+
+def queue_of(worker_id: str) -> Queue:
+    # No exchange of the same name for each: the default one delivers by the queue's name.
+    return Queue(f"tinsmith.worker.{worker_id}", exchange="", routing_key=f"tinsmith.worker.{worker_id}")
+
+
+def make_celery(redis_url: str) -> Celery:
+    """Celery as everybody here uses it. Tasks are acknowledged when done, results go nowhere."""
+    app = Celery("tinsmith", broker=redis_url, set_as_current=False)
+    app.conf.update(
+        task_acks_late=True,
+        task_ignore_result=True,
+        task_default_queue=JOBS_QUEUE,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=64,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+        worker_enable_remote_control=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # A task is a word to be passed on or a job of minutes; either may run twice.
+        broker_transport_options={
+            "visibility_timeout": 3600,
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "max_retries": 1,
+        },
+    )
+    return app
+
+
+class _Sender:
+    """A thread that sends what it is given, everything that waits at once. If it cannot, it says so once."""
+
+    def __init__(self, name: str) -> None:
+        self._waiting: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Send what was given, or give up if that cannot be done at once."""
+        self._waiting.put(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        item = self._waiting.get()
+        while item is not None:
+            by_target: dict[str, list[str]] = {}
+            while item is not None:
+                by_target.setdefault(item[0], []).append(item[1])
+                if self._waiting.empty():
+                    break
+                item = self._waiting.get()
+            for target, names in by_target.items():
+                self._deliver(target, names)
+            if item is None:
+                return
+            item = self._waiting.get()
+
+    def _deliver(self, target: str, names: list[str]) -> None:
+        for start in range(0, len(names), _IDS):
+            try:
+                self._send(target, names[start : start + _IDS])
+                self._failing = False
+            except Exception as error:  # whatever Redis, kombu or the network say
+                if not self._failing:
+                    log.warning("Redis takes no messages (%s); the journal is looked through instead", error)
+                self._failing = True
+
+    def _send(self, target: str, names: list[str]) -> None:
+        raise NotImplementedError
+
+
+class Bell(_Sender):
+    """Rings for workers."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._app = make_celery(redis_url)
+        super().__init__("bell")
+
+    def ring(self, worker_id: str, request_id: str) -> None:
+        self._waiting.put((worker_id, request_id))
+
+    def _send(self, target: str, names: list[str]) -> None:
+        self._app.send_task(RING, args=[names], queue=queue_of(target), retry=False)
+
+
+class Announcer(_Sender):
+    """Tells every API process which operations have their result."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._redis = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
+        super().__init__("announce")
+
+    def announce(self, request_id: str) -> None:
+        self._waiting.put((DONE_CHANNEL, request_id))
+
+    def _send(self, target: str, names: list[str]) -> None:
+        self._redis.publish(target, " ".join(names))
+
+
+class Listener:
+    """Hears of results, on a thread of its own. `on_connect` is called after every (re)connection: what
+    was announced before it was not heard."""
+
+    def __init__(
+        self, redis_url: str, *, on_done: Callable[[Sequence[str]], object], on_connect: Callable[[], object]
+    ) -> None:
+        self._redis = redis.Redis.from_url(
+            redis_url, socket_timeout=5, socket_connect_timeout=5, socket_keepalive=True
+        )
+        self._on_done = on_done
+        self._on_connect = on_connect
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="listen", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing = True
+        self._redis.close()
+
+    def _run(self) -> None:
+        is_known_down = False
+        while not self._closing:
+            try:
+                self._listen()
+                is_known_down = False
+            except Exception as error:
+                if not self._closing and not is_known_down:
+                    log.warning("Redis sends no messages (%s); connecting again", error)
+                is_known_down = True
+                time.sleep(_PAUSE_SECONDS)
+
+    def _listen(self) -> None:
+        with self._redis.pubsub() as subscription:
+            subscription.subscribe(DONE_CHANNEL)
+            pinged = time.monotonic()
+            while not self._closing:
+                message = subscription.get_message(timeout=2.0)
+                if message is not None and message["type"] == "subscribe":
+                    self._on_connect()
+                elif message is not None and message["type"] == "message":
+                    self._on_done(message["data"].decode().split())
+                # A connection that is cut in the middle looks like silence.
+                if time.monotonic() - pinged > 2.0:
+                    subscription.ping()
+                    pinged = time.monotonic()
+
+
+class Consumer:
+    """Reads the queue of one worker: a Celery worker of pool "solo" whose tasks only hand over."""
+
+    def __init__(self, redis_url: str, worker_id: str, on_ring: Callable[[Sequence[str]], None]) -> None:
+        app = make_celery(redis_url)
+        own = queue_of(worker_id)
+        # Of its own as well: messages that were being read when a worker died are of no use to the others.
+        app.conf.broker_transport_options = {
+            **app.conf.broker_transport_options,
+            "unacked_key": f"{own.name}.unacked",
+            "unacked_index_key": f"{own.name}.unacked-index",
+            "unacked_mutex_key": f"{own.name}.unacked-mutex",
+        }
+
+        @app.task(name=RING)  # type: ignore[untyped-decorator]
+        def ring(request_ids: list[str]) -> None:
+            on_ring(request_ids)
+
+        app.finalize()
+        self._controller: Any = WorkController(
+            app=app,
+            pool="solo",
+            queues=[own],
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+        )
+        self._redis_url = redis_url
+        self._queue = own.name
+        self._thread = threading.Thread(target=self._run, name="celery", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Nobody will read this queue again: take it away."""
+        try:
+            with redis.Redis.from_url(self._redis_url, socket_timeout=2, socket_connect_timeout=2) as client:
+                names = [self._queue] + [f"{self._queue}.unacked{end}" for end in ("", "-index", "-mutex")]
+                client.delete(*names)
+        except redis.RedisError as error:
+            log.warning("the queue %s stays in Redis: %s", self._queue, error)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._controller.start()
+                return
+            except Exception:
+                log.exception("reading the queue failed; beginning again")
+                time.sleep(_PAUSE_SECONDS)

@@ -10,13 +10,14 @@ from typing import Any
 
 from celery import beat
 from celery.worker import WorkController
-from kombu.entity import Queue
 
 from tinsmith_api.house import PERIODS, House
 from tinsmith_api.journal import metrics
-from tinsmith_api.journal.bell import JOBS_QUEUE, Bell, Listener, make_celery
+from tinsmith_api.journal.bell import Bell, Listener, make_celery
 from tinsmith_api.journal.store import Store
 from tinsmith_api.settings import Settings, open_objects
+
+_JOB = "tinsmith.job"
 
 
 class Fleet:
@@ -60,14 +61,12 @@ def run_jobs(settings: Settings) -> None:
     app = make_celery(settings.redis.get_secret_value())
     house = House(settings, Store(settings.database_url, patience_seconds=300.0), open_objects(settings))
 
-    for name in PERIODS:
-        app.task(functools.partial(house.do, name), name=f"tinsmith.{name}")
+    app.task(house.do, name=_JOB)
     app.finalize()
     controller: Any = WorkController(
         app=app,
         pool="threads",
         concurrency=2,
-        queues=[Queue(JOBS_QUEUE, exchange="", routing_key=JOBS_QUEUE)],
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,
@@ -83,7 +82,7 @@ def run_beat(settings: Settings) -> None:
     app = make_celery(settings.redis.get_secret_value())
     app.conf.beat_schedule = {
         # What was not begun before it is due again is not begun at all.
-        name: {"task": f"tinsmith.{name}", "schedule": seconds, "options": {"expires": seconds}}
+        name: {"task": _JOB, "args": [name], "schedule": seconds, "options": {"expires": seconds}}
         for name, seconds in PERIODS.items()
     }
     app.finalize()

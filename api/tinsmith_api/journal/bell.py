@@ -12,7 +12,7 @@ from typing import Any
 import redis
 from celery import Celery
 from celery.worker import WorkController
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 
 log = logging.getLogger("tinsmith")
 
@@ -20,25 +20,32 @@ RING = "tinsmith.ring"
 DONE_CHANNEL = "tinsmith.done"
 JOBS_QUEUE = "tinsmith.jobs"
 
-# A queue that nobody reads any more goes away by itself.
-_QUEUE_EXPIRES_SECONDS = 3600
 _PAUSE_SECONDS = 0.5
 # What one message carries at most, so that no reader holds up another for long.
 _IDS = 256
 
 
 def queue_of(worker_id: str) -> Queue:
-    # No exchange of the same name for each: the default one delivers by the queue's name.
-    return Queue(f"tinsmith.worker.{worker_id}", exchange="", routing_key=f"tinsmith.worker.{worker_id}")
+    return _queue(f"tinsmith.worker.{worker_id}")
 
 
-def make_celery(redis_url: str) -> Celery:
-    """Celery as everybody here uses it. Tasks are acknowledged when done, results go nowhere."""
+def _queue(name: str) -> Queue:
+    # The default exchange delivers by the queue's name: nothing is kept in Redis for it.
+    return Queue(name, exchange=Exchange(""), routing_key=name)
+
+
+def make_celery(redis_url: str, queue: Queue | None = None) -> Celery:
+    """Celery as everybody here uses it, reading `queue`, the jobs' if none is given. Tasks are acknowledged
+    when done, results go nowhere."""
+    for talkative in ("celery.worker.strategy", "celery.app.trace", "celery.beat"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)  # a line for every message
+    queue = queue or _queue(JOBS_QUEUE)
     app = Celery("tinsmith", broker=redis_url, set_as_current=False)
     app.conf.update(
         task_acks_late=True,
         task_ignore_result=True,
-        task_default_queue=JOBS_QUEUE,
+        task_queues=[queue],
+        task_default_queue=queue.name,
         task_serializer="json",
         accept_content=["json"],
         worker_prefetch_multiplier=64,
@@ -185,8 +192,8 @@ class Consumer:
     """Reads the queue of one worker: a Celery worker of pool "solo" whose tasks only hand over."""
 
     def __init__(self, redis_url: str, worker_id: str, on_ring: Callable[[Sequence[str]], None]) -> None:
-        app = make_celery(redis_url)
         own = queue_of(worker_id)
+        app = make_celery(redis_url, own)
         # Of its own as well: messages that were being read when a worker died are of no use to the others.
         app.conf.broker_transport_options = {
             **app.conf.broker_transport_options,
@@ -203,7 +210,6 @@ class Consumer:
         self._controller: Any = WorkController(
             app=app,
             pool="solo",
-            queues=[own],
             without_gossip=True,
             without_mingle=True,
             without_heartbeat=True,

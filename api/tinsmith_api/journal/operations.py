@@ -133,7 +133,7 @@ _DROP_PAYLOAD = sa.delete(payloads).where(payloads.c.request_id == _REQUEST_ID)
 @functools.cache
 def _insert_if_new(dialect: str, table: sa.Table) -> sa.Insert:
     insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
-    return insert.on_conflict_do_nothing()
+    return insert.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
 
 
 def insert_if_new(connection: sa.Connection, table: sa.Table, values: Json) -> bool:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from tinsmith.errors import InvalidInput
 from tinsmith_api.embedded import Workers
+from tinsmith_api.house import PERIODS, House
 from tinsmith_api.journal import checkpoints, identities
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
@@ -20,7 +21,7 @@ from tinsmith_api.journal.store import Store
 from tinsmith_api.journal.tables import operations, results, sampled_sequences, tenants
 from tinsmith_api.journal.tables import workers as worker_rows
 from tinsmith_api.service import Service
-from tinsmith_api.settings import Settings
+from tinsmith_api.settings import Settings, open_objects
 
 # Says that it is ready, waits to be told to leave, and leaves.
 GOOD = """
@@ -101,7 +102,7 @@ def test_a_worker_is_entered_before_it_starts_and_its_forerunner_is_out(
         await workers.start()
         await until(lambda: workers.ready)
         journal.broken = True
-        workers.ring("m", "x")  # and the first one dies
+        workers.ring(workers.children["m"].worker_id, "x")  # and the first one dies
         await until(lambda: not workers.ready)
         await asyncio.sleep(0.5)
         journal.broken = False
@@ -201,11 +202,12 @@ def test_a_call_of_a_model_that_is_not_served_is_refused_and_not_journaled(setti
         assert await service.read_apart(lambda c: c.execute(sa.select(operations)).all()) == []
 
     run(body)
-    service.journal.close()
+    journal.close()
 
 
 def test_housekeeping_forgets_everything_old_however_much_there_is(settings: Settings) -> None:
-    service = Service(settings)
+    journal, objects = Store(settings.database_url), open_objects(settings)
+    house = House(settings, journal, objects)
 
     def fill(c: sa.Connection) -> None:
         identities.create_key(c, "somebody")
@@ -224,12 +226,10 @@ def test_housekeeping_forgets_everything_old_however_much_there_is(settings: Set
             for table in ("results", "sampled_sequences", "garbage")
         ]
 
-    async def body() -> None:
-        await service.write(fill)
-        service.objects.put("checkpoints/r/1", {"x": b"1"})
-        await service.keep_house()
-        assert await service.read(left) == [0, 0, 0]
-
-    run(body)
+    journal.write(fill).result()
+    objects.put("checkpoints/r/1", {"x": b"1"})
+    for chore in PERIODS:
+        house.do(chore)
+    assert journal.read(left).result() == [0, 0, 0]
     assert not (settings.folder / "objects/checkpoints/r/1").exists()
-    service.journal.close()
+    journal.close()

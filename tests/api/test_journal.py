@@ -191,7 +191,7 @@ def test_a_refused_submission_is_failed_from_the_start(store: Store, run: str) -
     submit(store, 1, error={"error": "no", "category": "user"})
     (found,) = store.read(lambda c: ops.history(c, "r", -1)).result()
     assert (found.state, found.payload) == ("failed", None)
-    assert store.read(lambda c: ops.backlog(c, "m")).result() == []
+    assert store.read(lambda c: ops.backlog(c, "w", "m")).result() == {}
 
 
 def _reservation(store: Store, request_id: str) -> dict[str, object]:
@@ -382,11 +382,16 @@ def test_a_prefix_cannot_leave_the_store(tmp_path: Path) -> None:
             objects.put(prefix, {"x": b""})
 
 
-def test_workers_facts_come_from_the_newest(store: Store) -> None:
-    store.write(lambda c: leases.register_worker(c, "w1", "m", {"vocab_size": 1})).result()
-    store.write(lambda c: leases.register_worker(c, "w2", "m", {"vocab_size": 2})).result()
+def test_a_pool_s_facts_come_from_its_newest_worker(store: Store) -> None:
+    for worker_id, vocabulary in (("w1", 1), ("w2", 2)):
+        store.write(lambda c, w=worker_id: leases.register_worker(c, w, "m", {})).result()
+        store.write(
+            lambda c, w=worker_id, v=vocabulary: leases.describe_worker(c, w, {"vocab_size": v})
+        ).result()
     store.write(
         lambda c: c.execute(workers.update().where(workers.c.id == "w1").values(started_at=0))
     ).result()
-    assert store.read(lambda c: leases.facts_of(c, "m")).result() == {"vocab_size": 2}
-    assert store.read(lambda c: leases.facts_of(c, "other")).result() is None
+    pools = store.read(lambda c: leases.pools(c, heard_within_seconds=None)).result()
+    assert pools["m"].facts == {"vocab_size": 2}
+    assert pools["m"].ready == ("w1", "w2")
+    assert list(pools) == ["m"]

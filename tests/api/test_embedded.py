@@ -202,7 +202,7 @@ def test_a_call_of_a_model_that_is_not_served_is_refused_and_not_journaled(setti
         assert await service.read_apart(lambda c: c.execute(sa.select(operations)).all()) == []
 
     run(body)
-    journal.close()
+    service.journal.close()
 
 
 def test_housekeeping_forgets_everything_old_however_much_there_is(settings: Settings) -> None:

@@ -139,6 +139,8 @@ def test_a_gap_is_given_up_after_its_time_and_not_before() -> None:
     plan.consume("a", 3, 0.0)
     plan.add(item("a", 4), 5.0)
     plan.add(item("a", 6), 6.0)
+    assert plan.next_deadline() == 7.0
+    assert (plan.stuck(6.9), plan.stuck(7.0), plan.stuck(8.0)) == ([], [("a", 1)], []), "looked for once"
     assert plan.next_deadline() == 15.0
     assert plan.overdue(14.9) == []
     assert plan.overdue(15.0) == [("a", [1, 2, 5], [4, 6])]

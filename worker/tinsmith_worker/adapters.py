@@ -50,6 +50,15 @@ def lay_out(spec: LoraSpec, sites: Sequence[Site]) -> Layout:
     return tuple(layout)
 
 
+def adapter_elements(spec: LoraSpec, sites: Sequence[Site]) -> int:
+    """P, the length of its flat buffers."""
+    layout = lay_out(spec, sites)
+    if not layout:
+        return 0
+    _, offset, shape = layout[-1]
+    return -(-(offset + math.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+
+
 class Adapter:
     """One run's adapter, or a sampler's frozen one, on the base's device.
 
@@ -70,8 +79,7 @@ class Adapter:
                 "this adapter would train nothing: set one of train_attn, train_mlp, train_unembed"
             )
         self.layout = lay_out(spec, sites)
-        _, offset, shape = self.layout[-1]
-        size = -(-(offset + math.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+        size = adapter_elements(spec, sites)
         self.weights = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
         self.views = self._views(self.compute)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
+from tinsmith_api.journal import metrics
 from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.checkpoints import discard_objects
 from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import ObjectStore
 from tinsmith_api.journal.operations import LeaseLost, Operation, Unfinished
@@ -25,6 +27,9 @@ log = logging.getLogger("tinsmith.worker")
 Json = dict[str, Any]
 
 
+_MAX_PAUSE_SECONDS = 5.0
+
+
 @dataclass
 class RecoveryPoint:
     """Where a run would be restored to, and how it came to be there."""
@@ -36,7 +41,9 @@ class RecoveryPoint:
 
 
 class Archive:
-    """`seconds`: a run is snapshotted this long after its last snapshot."""
+    """`seconds`: a run is snapshotted this long after its last snapshot. `patience_seconds`: so long after it
+    was asked for, a checkpoint that could not be written is given up; a snapshot at once, the next one comes.
+    """
 
     def __init__(
         self,
@@ -46,6 +53,7 @@ class Archive:
         *,
         base_model: str,
         seconds: float,
+        patience_seconds: float = 120.0,
         on_lost: Callable[[str, int], None],
     ) -> None:
         self._journal = journal
@@ -53,7 +61,9 @@ class Archive:
         self._outbox = outbox
         self._base_model = base_model
         self._seconds = seconds
+        self._patience_seconds = patience_seconds
         self._on_lost = on_lost
+        self._is_hurried = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
 
     def save(self, operation: Operation, given: Json, lora: Json, state: AdapterState) -> None:
@@ -63,10 +73,15 @@ class Archive:
         if operation.kind == ops.SAVE_WEIGHTS_FOR_SAMPLER:
             state = replace(state, moment1=None, moment2=None, step=0)
 
+        # From now, and not from when its turn comes: a store that is gone is gone for all that wait.
+        until = time.monotonic() + self._patience_seconds
+
         def write() -> None:
             try:
-                size = self._objects.put(given["object_prefix"], checkpoints.write(state, self._base_model))
+                size = self._put(given["object_prefix"], checkpoints.write(state, self._base_model), until)
             except Exception as error:
+                if self._is_hurried:
+                    return
                 # A full disk is the world's error: a line says it all.
                 log.error(
                     "saving %s failed: %s", given["path"], error, exc_info=not isinstance(error, OSError)
@@ -81,13 +96,34 @@ class Archive:
 
         self._thread.submit(write)
 
+    def _put(self, prefix: str, files: dict[str, bytes], until: float) -> int:
+        pause = 0.1
+        while True:
+            try:
+                return self._objects.put(prefix, files)
+            except OSError as error:
+                if self._is_hurried or time.monotonic() + pause > until:
+                    raise
+                log.warning("%s; trying again", error)
+            time.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+
     def is_due(self, point: RecoveryPoint) -> bool:
         # A snapshot that takes long to write is taken more rarely: at most a twentieth of the time.
         interval = max(self._seconds, 20 * point.write_seconds)
         return not point.writing and time.monotonic() - point.taken_at >= interval
 
-    def snapshot(self, lease: Lease, point: RecoveryPoint, seq_id: int, state: AdapterState) -> None:
-        """Write `state`, the run after operation `seq_id`, and move its recovery point there."""
+    def snapshot(
+        self,
+        lease: Lease,
+        point: RecoveryPoint,
+        seq_id: int,
+        state: AdapterState,
+        *,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write `state`, the run after operation `seq_id`, and move its recovery point there; `then` is
+        called in the end, whether it was moved or not."""
         point.writing = True
         # Operations up to seq_id will not be executed again, so their results must be on disk first. They
         # were handed to the outbox before this line.
@@ -110,27 +146,45 @@ class Archive:
                     )
                 ).result()
                 point.seq_id = seq_id
+                metrics.SNAPSHOTS.inc()
                 if before:
-                    self._objects.delete(before)
+                    self._delete(before)
             except LeaseLost:
-                self._objects.delete(key)
+                self._delete(key)
                 self._on_lost(lease.run_id, lease.epoch)
             except Unfinished:
                 # A result was refused by the journal. The run stays recoverable from where it was.
                 log.error("%s: no snapshot, a result is missing", lease.run_id)
-                self._objects.delete(key)
+                self._delete(key)
+            except OSError as error:
+                log.error(
+                    "a snapshot of %s could not be written; the last one stands: %s", lease.run_id, error
+                )
             except Exception:
                 log.exception("a snapshot of %s could not be written; the last one stands", lease.run_id)
             finally:
                 point.taken_at = time.monotonic()
                 point.write_seconds = point.taken_at - started
                 point.writing = False
+                metrics.SNAPSHOT_SECONDS.observe(point.write_seconds)
+                then()
 
         self._thread.submit(write)
+
+    def _delete(self, prefix: str) -> None:
+        try:
+            self._objects.delete(prefix)
+        except OSError:  # not now, then: whoever collects garbage will
+            self._journal.write(lambda c: discard_objects(c, prefix)).result()
+
+    def hurry(self) -> None:
+        """From now on wait for nothing: a checkpoint that cannot be written is left to the next worker."""
+        self._is_hurried = True
 
     def flush(self) -> None:
         """Wait until everything asked for is written."""
         self._thread.submit(lambda: None).result()
 
     def close(self) -> None:
+        """Write what was asked for."""
         self._thread.shutdown()

@@ -5,6 +5,7 @@ work -> pieces (whole datums of one operation) -> passes (packed streams) -> mod
 Shapes: T packed tokens, S sequences, D hidden, K targets per token, N rows of one piece, C columns of a loss.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import Int64, TrainInput, TrainOutput
 from tinsmith_worker import losses, optim
-from tinsmith_worker.adapters import Adapter
+from tinsmith_worker.adapters import Adapter, adapter_elements
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
 from tinsmith_worker.copies import to_device
@@ -61,6 +62,17 @@ class TorchEngine:
         self._adapters: dict[str, Adapter] = {}
         if self._settings.deterministic:
             _make_deterministic(base)
+
+    @property
+    def memory_bytes(self) -> int:
+        if self.base.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.base.device)[0]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+    def size_bytes(self, spec: LoraSpec) -> int:
+        """float32 weights, gradient and two moments, and the copy the base multiplies with."""
+        copy = 0 if self.base.dtype == torch.float32 else self.base.dtype.itemsize
+        return adapter_elements(spec, self.base.sites) * (4 * 4 + copy)
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
         self._check_rank(spec)

@@ -1,15 +1,18 @@
 """From the doorbell to the engine's inbox: what can be prepared without the engine is prepared here.
 
-Runs on its own thread, beside the engine's. It reads operations from the journal, takes leases, unpacks
+Runs on threads of its own, beside the engine's. It reads operations from the journal, takes leases, unpacks
 payloads into arrays and reads checkpoint files, so that the engine's thread never waits for any of it.
 """
 
 import functools
 import json
 import logging
+import math
 import queue
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,12 +52,29 @@ class Adopt:
     lease: Lease
     snapshot: AdapterState | None
     operations: list[Prepared]
+    waiting: list[Operation] = field(default_factory=list)  # not unpacked yet
     broken: str = ""
 
 
 @dataclass(frozen=True)
 class Arrived:
     prepared: Prepared
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An operation that is not unpacked yet, because its run has enough to do."""
+
+    operation: Operation
+
+
+@dataclass(frozen=True)
+class Snapshotted:
+    """A snapshot that was taken so that its run can be let go of: `releases` its lease too."""
+
+    run_id: str
+    seq_id: int
+    releases: bool
 
 
 @dataclass(frozen=True)
@@ -79,23 +99,52 @@ class Drain:
     pass
 
 
-Event = Adopt | Arrived | SampleArrived | LeaseGone | Drain
+Event = Adopt | Arrived | Waiting | Snapshotted | SampleArrived | LeaseGone | Drain
 
 
-@dataclass
+# What is read from the object store at once; other runs' operations do not wait for it.
+_READERS = 8
+# Of each run so many operations are unpacked ahead; the others wait in the journal.
+AHEAD = 4
+_MAX_PAUSE_SECONDS = 5.0
+
+
 class Intake:
-    """`inbox` is read by the engine's thread. `known` (run -> epoch), `samplers` and `sampling` remember
-    what it was sent."""
+    """`inbox` is read by the engine's thread. `known` (run -> epoch), `samplers` and `sampling` remember what
+    it was sent; `crowded` are the runs that have enough unpacked operations for now, says the engine.
 
-    journal: Store
-    objects: ObjectStore
-    facts: ModelFacts
-    base_model: str
-    worker_id: str
-    inbox: "queue.SimpleQueue[Event]"
-    known: dict[str, int] = field(default_factory=dict)
-    samplers: set[str] = field(default_factory=set)
-    sampling: set[str] = field(default_factory=set)
+    `patience_seconds`: for how long an object store that does not answer is asked for a checkpoint. A run's
+    snapshot is waited for without end: nobody is served by a run that fails because of it.
+    """
+
+    def __init__(
+        self,
+        journal: Store,
+        objects: ObjectStore,
+        facts: ModelFacts,
+        base_model: str,
+        worker_id: str,
+        inbox: "queue.SimpleQueue[Event]",
+        *,
+        patience_seconds: float = 120.0,
+    ) -> None:
+        self.journal = journal
+        self.objects = objects
+        self.facts = facts
+        self.base_model = base_model
+        self.worker_id = worker_id
+        self.inbox = inbox
+        self.patience_seconds = patience_seconds
+        self.known: dict[str, int] = {}
+        self.samplers: set[str] = set()
+        self.sampling: set[str] = set()
+        self.crowded: set[str] = set()
+        # Runs being adopted, with what was rung for meanwhile: it must reach the inbox behind them.
+        self._adopting: dict[str, list[Operation]] = {}
+        self._changing = threading.Lock()  # known and _adopting, together
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for _ in range(_READERS):
+            threading.Thread(target=self._work_forever, name="read-objects", daemon=True).start()
 
     def start(self) -> None:
         """Everything that was waiting when this process began."""
@@ -105,39 +154,128 @@ class Intake:
     def ring(self, request_ids: Sequence[str]) -> None:
         """Bring these operations, and the runs they belong to, into the inbox."""
         for start in range(0, len(request_ids), 256):
-            fetch = functools.partial(ops.fetch, request_ids=request_ids[start : start + 256])
-            for operation in self.journal.read(fetch).result():
+            piece = request_ids[start : start + 256]
+            # A few are wanted at once, with all that belongs to them. Of many, most will have to wait.
+            fetch = ops.fetch if len(piece) <= AHEAD else ops.look_up
+            found = self.journal.read(functools.partial(fetch, request_ids=piece)).result()
+            for operation in sorted(found, key=lambda o: o.seq_id):
                 if operation.kind == ops.SAMPLE:
                     self._sample(operation)
-                elif operation.subject in self.known:
-                    if operation.state != ops.DONE:  # it came with its run already
-                        self.inbox.put(Arrived(self._prepare(operation)))
                 else:
-                    self.adopt(operation.subject)
+                    self._arrived(operation)
 
     def adopt(self, run_id: str) -> None:
         """Take the run's lease if it is to be had, and send all of it: snapshot and operations behind."""
+        with self._changing:
+            if run_id in self.known or run_id in self._adopting:
+                return
+            self._adopting[run_id] = []
+        self._work.put(functools.partial(self._adopt, run_id))
+
+    def prepare(self, operations: Sequence[Operation]) -> None:
+        """Unpack these and send them."""
+        self._work.put(functools.partial(self._prepare_and_send, list(operations)))
+
+    def look_for(self, run_id: str, seq_id: int) -> None:
+        """Send what the journal has of this run from that number on: it was not heard of."""
+        self._work.put(functools.partial(self._look_for, run_id, seq_id))
+
+    def _look_for(self, run_id: str, seq_id: int) -> None:
+        for operation in self.journal.read(lambda c: ops.history(c, run_id, seq_id - 1)).result():
+            self._arrived(operation)
+
+    def forget(self, run_id: str) -> None:
+        with self._changing:
+            self.known.pop(run_id, None)
+            self.crowded.discard(run_id)
+
+    def _work_forever(self) -> None:
+        while True:
+            work = self._work.get()
+            try:
+                work()
+            except Exception:
+                # The journal cannot be read. Deaf is worse than dead: another worker takes over.
+                log.exception("preparing failed; draining")
+                self.inbox.put(Drain())
+
+    # -- runs -----------------------------------------------------------------------------------------
+
+    def _arrived(self, operation: Operation) -> None:
+        run_id = operation.subject
+        with self._changing:
+            if run_id in self._adopting:
+                self._adopting[run_id].append(operation)
+                return
+            is_known = run_id in self.known
+        if not is_known:
+            self.adopt(run_id)
+        elif operation.state != ops.DONE:  # it came with its run already
+            self._send(operation)
+
+    def _send(self, operation: Operation) -> None:
+        if operation.state == ops.FAILED:
+            self.inbox.put(Arrived(Prepared(operation, None)))
+        elif operation.subject in self.crowded:
+            self.inbox.put(Waiting(replace(operation, payload=None)))
+        elif operation.payload is None or operation.kind in _READING:
+            self.prepare([operation])
+        else:
+            self.inbox.put(Arrived(self._prepare(operation)))
+
+    def _prepare_and_send(self, operations: list[Operation]) -> None:
+        for prepared in self._with_payloads(operations):
+            self.inbox.put(Arrived(prepared))
+
+    def _with_payloads(self, operations: Sequence[Operation]) -> list[Prepared]:
+        request_ids = [o.request_id for o in operations if o.payload is None and o.state != ops.FAILED]
+        fetch = functools.partial(ops.fetch, request_ids=request_ids)
+        found = {o.request_id: o for o in self.journal.read(fetch).result()} if request_ids else {}
+        return [self._prepare(found.get(o.request_id, o)) for o in operations]
+
+    def _adopt(self, run_id: str) -> None:
+        try:
+            self._send_run(run_id)
+        except Exception:
+            with self._changing:
+                self._adopting.pop(run_id, None)
+            raise
+        while True:
+            with self._changing:
+                late = self._adopting[run_id]
+                if not late:
+                    del self._adopting[run_id]
+                    return
+                self._adopting[run_id] = []
+                is_known = run_id in self.known
+            for operation in late if is_known else ():
+                if operation.state != ops.DONE:
+                    self._send(operation)
+
+    def _send_run(self, run_id: str) -> None:
         lease = self.journal.write(lambda c: leases.take(c, run_id, self.worker_id)).result()
         if lease is None:
             return
-        self.known[run_id] = lease.epoch
-        behind = self.journal.read(lambda c: ops.history(c, run_id, lease.snapshot_seq)).result()
         snapshot, broken = None, ""
         if lease.snapshot_key is not None:
+            key = lease.snapshot_key
             try:
-                snapshot = checkpoints.read(self.objects.get(lease.snapshot_key))
+                snapshot = self._patiently(lambda: checkpoints.read(self.objects.get(key)), math.inf)
             except Exception as error:
                 log.exception("the snapshot of %s cannot be read", run_id)
                 broken = f"the run's snapshot cannot be read ({error}); create a run from its last checkpoint"
-        self.inbox.put(Adopt(lease, snapshot, [self._prepare(o) for o in behind], broken))
-
-    def forget(self, run_id: str) -> None:
-        self.known.pop(run_id, None)
+        behind = self.journal.read(lambda c: ops.history(c, run_id, lease.snapshot_seq)).result()
+        executed = [o for o in behind if o.state == ops.QUEUED or _is_replayed(o)]
+        first = {o.request_id for o in executed[:AHEAD]} if not broken else set()
+        waiting = [o for o in executed if o.request_id not in first]
+        ready = self._with_payloads([o for o in behind if o.request_id in first])
+        passed = [Prepared(o, None) for o in behind if o.state != ops.QUEUED and not _is_replayed(o)]
+        with self._changing:
+            self.known[run_id] = lease.epoch
+        self.inbox.put(Adopt(lease, snapshot, [*passed, *ready], waiting, broken))
 
     def _prepare(self, operation: Operation) -> Prepared:
-        if operation.state == ops.FAILED or (
-            operation.state == ops.DONE and operation.kind not in ops.CHANGING
-        ):
+        if operation.state != ops.QUEUED and not _is_replayed(operation):
             return Prepared(operation, None)
         try:
             return self._unpack(operation)
@@ -157,34 +295,78 @@ class Intake:
             )
             return Prepared(operation, given)
         call: Json = json.loads(operation.payload)
-        reads = operation.kind in (ops.CREATE_MODEL, ops.LOAD_WEIGHTS) and call.get("object_prefix")
+        reads = operation.kind in _READING and call.get("object_prefix")
         return Prepared(operation, call, self.load(call["object_prefix"]) if reads else None)
+
+    # -- samples --------------------------------------------------------------------------------------
 
     def _sample(self, operation: Operation) -> None:
         if operation.state != ops.QUEUED or operation.request_id in self.sampling:
             return
         self.sampling.add(operation.request_id)
+        if operation.payload is None:
+            self._work.put(functools.partial(self._fetch_sample, operation.request_id))
+            return
         task = pb.SampleTask()
         try:
-            task.ParseFromString(operation.payload or b"")
-            weights = None
+            task.ParseFromString(operation.payload)
             if task.object_prefix and task.object_prefix not in self.samplers:
-                weights = self.load(task.object_prefix)
+                self._work.put(functools.partial(self._send_sample, operation, task, loads=True))
+            else:
+                self._send_sample(operation, task, loads=False)
+        except Exception as error:
+            self._cannot_be_sampled(operation, task, error)
+
+    def _fetch_sample(self, request_id: str) -> None:
+        fetch = functools.partial(ops.fetch, request_ids=[request_id])
+        for operation in self.journal.read(fetch).result():
+            self.sampling.discard(request_id)
+            self._sample(replace(operation, payload=operation.payload or b""))
+
+    def _send_sample(self, operation: Operation, task: pb.SampleTask, *, loads: bool) -> None:
+        try:
+            weights = self.load(task.object_prefix) if loads else None
+            if loads:
                 self.samplers.add(task.object_prefix)
             self.inbox.put(SampleArrived(operation, task, sample_input(operation.request_id, task), weights))
-        except InvalidInput as error:
-            self.inbox.put(SampleArrived(operation, task, None, None, Failure(str(error))))
         except Exception as error:
-            log.exception("sample %s cannot be prepared", operation.request_id)
+            self._cannot_be_sampled(operation, task, error)
+
+    def _cannot_be_sampled(self, operation: Operation, task: pb.SampleTask, error: Exception) -> None:
+        failure = Failure(str(error))
+        if not isinstance(error, InvalidInput):
+            log.error("sample %s cannot be prepared", operation.request_id, exc_info=error)
             failure = Failure(f"cannot be sampled: {error}", "server")
-            self.inbox.put(SampleArrived(operation, task, None, None, failure))
+        self.inbox.put(SampleArrived(operation, task, None, None, failure))
 
     def load(self, object_prefix: str) -> AdapterState:
         """A checkpoint's adapter; InvalidInput if its files are not whole."""
         try:
-            return checkpoints.read(self.objects.get(object_prefix))
+            return self._patiently(
+                lambda: checkpoints.read(self.objects.get(object_prefix)), self.patience_seconds
+            )
         except Damaged as error:
             raise InvalidInput(f"the checkpoint's files are gone or damaged: {error}") from None
+
+    def _patiently(self, read: Callable[[], AdapterState], seconds: float) -> AdapterState:
+        """Again and again while the object store does not answer."""
+        until, pause = time.monotonic() + seconds, 0.1
+        while True:
+            try:
+                return read()
+            except OSError as error:
+                if time.monotonic() + pause > until:
+                    raise
+                log.warning("%s; trying again", error)
+            time.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+
+
+_READING = (ops.CREATE_MODEL, ops.LOAD_WEIGHTS)  # may read a checkpoint
+
+
+def _is_replayed(operation: Operation) -> bool:
+    return operation.state == ops.DONE and operation.kind in ops.CHANGING
 
 
 def sample_input(request_id: str, task: pb.SampleTask) -> SampleInput:

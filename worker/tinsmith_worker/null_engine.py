@@ -27,6 +27,13 @@ class NullEngine:
         )
         self._runs: dict[str, AdapterState] = {}
 
+    @property
+    def memory_bytes(self) -> int:
+        return 1 << 30
+
+    def size_bytes(self, spec: LoraSpec) -> int:
+        return 16
+
     def create(self, run_id: str, spec: LoraSpec) -> None:
         weights = np.zeros(1, np.float32)
         self._runs[run_id] = AdapterState(spec, (("null", 0, (1,)),), weights, weights, weights)

@@ -5,28 +5,31 @@ out (outbox), one that writes checkpoints and snapshots (archive). They meet in 
 """
 
 import functools
+import heapq
 import logging
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
-from tinsmith_api.journal import leases
+from tinsmith_api.journal import leases, metrics
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import ObjectStore
-from tinsmith_api.journal.operations import LeaseLost
+from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers
 from tinsmith_worker.archive import Archive, RecoveryPoint
 from tinsmith_worker.channel import Line
 from tinsmith_worker.contract import AdamParams, Engine, Failure, LoraSpec, Sampler, Work
 from tinsmith_worker.intake import (
+    AHEAD,
     Adopt,
     Arrived,
     Drain,
@@ -35,13 +38,18 @@ from tinsmith_worker.intake import (
     LeaseGone,
     Prepared,
     SampleArrived,
+    Snapshotted,
+    Waiting,
 )
 from tinsmith_worker.outbox import Outbox
 from tinsmith_worker.sampling import Sampling
 from tinsmith_worker.schedule import FORWARD, FORWARD_BACKWARD, OTHER, Item, Schedule
+from tinsmith_worker.slots import Slots
 
 log = logging.getLogger("tinsmith.worker")
 
+# So many workers in a row died holding a run: the call they tried alone is given up.
+_LAST_DEATHS = 4
 _GROUPS = {ops.FORWARD: FORWARD, ops.FORWARD_BACKWARD: FORWARD_BACKWARD}
 
 
@@ -49,7 +57,10 @@ _GROUPS = {ops.FORWARD: FORWARD, ops.FORWARD_BACKWARD: FORWARD_BACKWARD}
 class WorkerSettings:
     """snapshot_seconds: a run is snapshotted this long after its last one, at an optim_step; what a killed
     worker must compute again is bounded by it. gap_seconds: how long a number may stay missing before the
-    operations behind it fail; longer than a client goes on repeating a lost call (5 minutes)."""
+    operations behind it fail; longer than a client goes on repeating a lost call (5 minutes).
+    slot_bytes: adapters on the device, host_bytes: in host memory; 0 for what the machine has room for.
+    idle_seconds: a run that nobody called for so long is snapshotted and let go of.
+    storage_patience_seconds: how long a store that does not answer is asked, before a save or load fails."""
 
     pass_tokens: int = 8192
     gap_seconds: float = 600.0
@@ -57,6 +68,8 @@ class WorkerSettings:
     samplers_held: int = 32
     slot_bytes: int = 0
     host_bytes: int = 0
+    idle_seconds: float = 600.0
+    storage_patience_seconds: float = 120.0
 
 
 @dataclass
@@ -67,6 +80,11 @@ class Held:
     point: RecoveryPoint
     done_seq: int
     prepared: dict[int, Prepared] = field(default_factory=dict)
+    waiting: dict[int, Operation] = field(default_factory=dict)  # not unpacked yet
+    requested: set[int] = field(default_factory=set)  # being unpacked
+    used_at: float = field(default_factory=time.monotonic)
+    leaving_at: int | None = None  # the snapshot, by its number, with which it is let go of
+    is_suspect: bool = False  # its last workers died holding it: one operation at a time, alone
 
 
 class Worker:
@@ -86,14 +104,28 @@ class Worker:
         self.base_model = base_model
         self.journal = journal
         self.engine = engine
+        self.slots = Slots(engine, **_budgets(engine, settings))
         self.channel = channel
         self.settings = settings
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.schedule = Schedule(pass_tokens=settings.pass_tokens, gap_seconds=settings.gap_seconds)
+        self.schedule = Schedule(
+            pass_tokens=settings.pass_tokens,
+            gap_seconds=settings.gap_seconds,
+            slot_bytes=self.slots.slot_bytes,
+        )
         self.held: dict[str, Held] = {}
         self.alone: set[str] = set()  # operations that nothing may share a pass with
         self.draining = False
-        self.intake = Intake(journal, objects, engine.facts, base_model, worker_id, self.inbox)
+        self._looked_for_idle_at = time.monotonic()
+        self.intake = Intake(
+            journal,
+            objects,
+            engine.facts,
+            base_model,
+            worker_id,
+            self.inbox,
+            patience_seconds=settings.storage_patience_seconds,
+        )
         self.outbox = Outbox(
             journal,
             worker_id,
@@ -108,6 +140,7 @@ class Worker:
             self.outbox,
             base_model=base_model,
             seconds=settings.snapshot_seconds,
+            patience_seconds=settings.storage_patience_seconds,
             on_lost=lambda run_id, epoch: self.inbox.put(LeaseGone(run_id, epoch)),
         )
         self.sampling = Sampling(sampler, self.intake, self.outbox, samplers_held=settings.samplers_held)
@@ -132,6 +165,7 @@ class Worker:
             # For about as long as the pass took, so that neither starves the other.
             self.sampling.decode(until=2 * time.monotonic() - started)
             self._fail_overdue()
+            self._let_go()
         self._drain()
 
     # -- the way in ----------------------------------------------------------------------------------
@@ -154,8 +188,11 @@ class Worker:
     def _receive(self, *, wait: bool) -> None:
         """Take in what has arrived; if there is nothing to do, wait for something."""
         if wait and not self.schedule.ready():
-            deadline = self.schedule.next_deadline()
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            deadlines = [self.schedule.next_deadline()]
+            if self.held:
+                deadlines.append(self._looked_for_idle_at + self._idle_check_seconds())
+            known = [deadline for deadline in deadlines if deadline is not None]
+            timeout = max(0.0, min(known) - time.monotonic()) if known else None
             try:
                 self._take_in(self.inbox.get(timeout=timeout))
             except queue.Empty:
@@ -168,38 +205,77 @@ class Worker:
             case Arrived(prepared):
                 if prepared.operation.subject in self.held:
                     self._enqueue(prepared)
-                elif prepared.operation.subject in self.intake.known:
-                    self.inbox.put(event)  # its run is being adopted; behind that, then
-                else:
+                else:  # let go of meanwhile; if it is being adopted again, this comes with it
                     self.intake.adopt(prepared.operation.subject)
+            case Waiting(operation):
+                if (held := self.held.get(operation.subject)) is None:
+                    self.intake.adopt(operation.subject)
+                elif operation.seq_id not in held.prepared:
+                    held.waiting[operation.seq_id] = operation
+                    held.used_at = time.monotonic()
+                    self._unpack_ahead(held)
+            case Snapshotted():
+                self._part(event)
             case Adopt():
                 self._adopt(event)
             case SampleArrived():
                 self.sampling.begin(event)
             case LeaseGone(run_id, epoch):
                 if self.intake.known.get(run_id) == epoch:
+                    metrics.LEASE_LOSSES.inc()
                     self._drop(run_id)
             case Drain():
                 self.draining = True
 
     def _adopt(self, event: Adopt) -> None:
         lease, broken = event.lease, event.broken
-        self.engine.drop(lease.run_id)
+        self.slots.drop(lease.run_id)
         if event.snapshot is not None:
+            metrics.PAGE_INS.labels("objects").inc()
             try:
-                self.engine.restore(lease.run_id, event.snapshot)
+                self.slots.restore(lease.run_id, event.snapshot)
             except Exception as error:  # another base model under the name, no memory
                 log.exception("%s cannot be restored", lease.run_id)
                 broken = f"the run cannot be restored: {error}"
         point = RecoveryPoint(lease.snapshot_seq, taken_at=time.monotonic())
-        self.held[lease.run_id] = Held(lease, point, done_seq=lease.snapshot_seq)
-        self.schedule.open_run(lease.run_id, lease.tenant_id, lease.snapshot_seq + 1)
+        held = Held(lease, point, done_seq=lease.snapshot_seq)
+        held.is_suspect = lease.deaths >= leases.SUSPECT_DEATHS
+        self.held[lease.run_id] = held
+        self.schedule.open_run(
+            lease.run_id,
+            lease.tenant_id,
+            lease.snapshot_seq + 1,
+            weight=lease.weight,
+            size_bytes=self.engine.size_bytes(LoraSpec(**lease.lora)),
+        )
+        held.waiting = {operation.seq_id: operation for operation in event.waiting}
         for prepared in event.operations:
             if not broken:
                 self._enqueue(prepared)
-                continue
-            self.outbox.failure(prepared.operation, Failure(broken, "server"))
-            self.schedule.consume(lease.run_id, prepared.operation.seq_id, time.monotonic())
+        self._unpack_ahead(held)
+        if broken:
+            everything = [*(p.operation for p in event.operations), *held.waiting.values()]
+            self._fail_all(held, everything, Failure(broken, "server"))
+        elif lease.deaths >= _LAST_DEATHS:
+            self._fail_deadly(held)
+
+    def _fail_deadly(self, held: Held) -> None:
+        """The call at the head was tried alone, more than once, and each time the worker ended."""
+        known = [*(p.operation for p in held.prepared.values()), *held.waiting.values()]
+        queued = sorted((o for o in known if o.state == ops.QUEUED), key=lambda o: o.seq_id)
+        failure = Failure(
+            f"given up: {held.lease.deaths} worker processes ended one after the other, the last ones while "
+            "they executed this call alone. It may need more memory than there is: send less at once",
+            "server",
+        )
+        self._fail_all(held, queued[:1], failure)
+
+    def _fail_all(self, held: Held, operations: Sequence[Operation], failure: Failure) -> None:
+        for operation in operations:
+            held.prepared.pop(operation.seq_id, None)
+            held.waiting.pop(operation.seq_id, None)
+            self.outbox.failure(operation, failure)
+            self.schedule.consume(operation.subject, operation.seq_id, time.monotonic())
 
     def _enqueue(self, prepared: Prepared) -> None:
         operation = prepared.operation
@@ -209,6 +285,10 @@ class Worker:
         ):
             self.schedule.consume(operation.subject, operation.seq_id, now)
             return
+        held = self.held[operation.subject]
+        held.requested.discard(operation.seq_id)
+        held.waiting.pop(operation.seq_id, None)
+        held.used_at = now
         group = OTHER if prepared.failure else _GROUPS.get(operation.kind, OTHER)
         item = Item(
             operation.request_id,
@@ -216,26 +296,75 @@ class Worker:
             operation.seq_id,
             group,
             operation.tokens,
-            alone=operation.request_id in self.alone,
+            alone=held.is_suspect or operation.request_id in self.alone,
         )
         if self.schedule.add(item, now):
-            self.held[operation.subject].prepared[operation.seq_id] = prepared
+            held.prepared[operation.seq_id] = prepared
+        self._unpack_ahead(held)
+
+    def _unpack_ahead(self, held: Held) -> None:
+        """Have the next few operations of a run unpacked, and no more: a thousand bodies are a lot of memory,
+        and other tenants' would have to wait for theirs."""
+        ahead = held.prepared.keys() | held.requested
+        wanted = []
+        for seq_id in heapq.nsmallest(AHEAD, held.waiting):
+            if len(ahead) < AHEAD or seq_id < max(ahead):
+                wanted.append(held.waiting.pop(seq_id))
+                ahead.add(seq_id)
+                held.requested.add(seq_id)
+        if wanted:
+            self.intake.prepare(wanted)
+        if len(held.prepared) >= AHEAD:
+            self.intake.crowded.add(held.lease.run_id)
+        else:
+            self.intake.crowded.discard(held.lease.run_id)
 
     # -- executing -----------------------------------------------------------------------------------
 
     def _execute(self, batch: list[Item]) -> None:
-        work = [(item, self.held[item.run_id].prepared.pop(item.seq_id)) for item in batch]
-        if batch[0].group == OTHER:
-            for _, prepared in work:
-                self._call(prepared)
-        else:
-            self._pass([prepared for _, prepared in work])
+        work = [self.held[item.run_id].prepared.pop(item.seq_id) for item in batch]
+        for run_id in {item.run_id for item in batch}:
+            self._unpack_ahead(self.held[run_id])
+        now = time.time()
+        for prepared in work:
+            if prepared.operation.state == ops.QUEUED:
+                metrics.QUEUE_WAIT.labels(prepared.operation.kind).observe(
+                    max(0.0, now - prepared.operation.submitted_at)
+                )
+            else:
+                metrics.REPLAYED.inc()
+        work = [prepared for prepared in work if self._may_try(prepared.operation.subject)]
+        if batch[0].group != OTHER:
+            with metrics.COMPUTE.labels(batch[0].group).time():
+                self._pass(work)
+            metrics.TOKENS.labels(batch[0].group).inc(sum(item.tokens for item in batch))
+            return
+        for prepared in work:
+            if prepared.operation.subject in self.held:  # unless the call before it was this run's end
+                with metrics.COMPUTE.labels(prepared.operation.kind).time():
+                    self._call(prepared)
+
+    def _may_try(self, run_id: str) -> bool:
+        """Leave word of what is tried now, if it may be the end of this process. False if the run is lost."""
+        held = self.held[run_id]
+        if not held.is_suspect:
+            return True
+        lease = held.lease
+        try:
+            self.journal.write(
+                lambda c: leases.suspect(c, lease.run_id, lease.worker_id, lease.epoch)
+            ).result()
+        except LeaseLost:
+            self._drop(run_id)
+            return False
+        return True
 
     def _pass(self, work: list[Prepared]) -> None:
         """forward_backwards (or forwards) of many runs, together."""
         if not (work := self._without_orphans(work)):
             return
         try:
+            self.slots.bring({prepared.operation.subject for prepared in work})
             outputs = self.engine.forward_backward([Work(p.operation.subject, p.given) for p in work])
         except Exception as error:  # whatever the engine raises; its gradients are undefined now
             self._recover(work, error)
@@ -249,7 +378,7 @@ class Worker:
         """Fail the operations of runs whose creation failed."""
         alive = []
         for prepared in work:
-            if self.engine.holds(prepared.operation.subject):
+            if self.slots.holds(prepared.operation.subject):
                 alive.append(prepared)
             else:
                 self._failed(
@@ -280,9 +409,9 @@ class Worker:
     def _give_up_run(self, run_id: str, why: object) -> None:
         """What was computed once could not be computed again: the run is not what its results say it is."""
         failure = Failure(f"the run could not be brought back: {why}", "server")
-        for prepared in self.held[run_id].prepared.values():
-            if prepared.operation.state == ops.QUEUED:
-                self.outbox.failure(prepared.operation, failure)
+        held = self.held[run_id]
+        for operation in (*(p.operation for p in held.prepared.values()), *held.waiting.values()):
+            self.outbox.failure(operation, failure)
         self.outbox.flush()
         self._drop(run_id)
 
@@ -316,13 +445,13 @@ class Worker:
 
     def _create(self, prepared: Prepared) -> None:
         operation = prepared.operation
-        self.engine.create(operation.subject, LoraSpec(**self.held[operation.subject].lease.lora))
+        self.slots.create(operation.subject, LoraSpec(**self.held[operation.subject].lease.lora))
         body = {"model_id": operation.subject}
         if prepared.loaded is not None:
             try:
                 self.engine.load(operation.subject, prepared.loaded, optimizer=prepared.given["optimizer"])
             except InvalidInput:
-                self.engine.drop(operation.subject)  # not created, rather than created without its weights
+                self.slots.drop(operation.subject)  # not created, rather than created without its weights
                 raise
             body["path"] = prepared.given["path"]
         self._done(prepared, lambda: answers.json_body(body))
@@ -331,15 +460,17 @@ class Worker:
 
     def _optim_step(self, prepared: Prepared) -> None:
         run_id = prepared.operation.subject
-        metrics = self.engine.optim_step(run_id, AdamParams(**prepared.given["adam_params"]))
-        if isinstance(metrics, Failure):
-            self._failed(prepared, metrics, has_effect=True)  # such as a cleared gradient
+        self.slots.bring([run_id])
+        stepped = self.engine.optim_step(run_id, AdamParams(**prepared.given["adam_params"]))
+        if isinstance(stepped, Failure):
+            self._failed(prepared, stepped, has_effect=True)  # such as a cleared gradient
             return
-        self._done(prepared, lambda: answers.optim_step(metrics))
+        self._done(prepared, lambda: answers.optim_step(stepped))
         self._snapshot_if_due(run_id)
 
     def _load(self, prepared: Prepared) -> None:
         assert prepared.loaded is not None
+        self.slots.bring([prepared.operation.subject])
         self.engine.load(prepared.operation.subject, prepared.loaded, optimizer=prepared.given["optimizer"])
         self._done(prepared, lambda: answers.json_body({"path": prepared.given["path"]}))
         # Replaying this would need the checkpoint, which its owner may delete.
@@ -350,7 +481,7 @@ class Worker:
         operation = prepared.operation
         held = self.held[operation.subject]
         held.done_seq = operation.seq_id
-        self.archive.save(operation, prepared.given, held.lease.lora, self.engine.state(operation.subject))
+        self.archive.save(operation, prepared.given, held.lease.lora, self.slots.state(operation.subject))
 
     def _done(self, prepared: Prepared, body: Callable[[], bytes]) -> None:
         self._leave_behind(prepared)
@@ -361,7 +492,11 @@ class Worker:
         self.outbox.failure(prepared.operation, failure, has_effect=has_effect)
 
     def _leave_behind(self, prepared: Prepared) -> None:
-        self.held[prepared.operation.subject].done_seq = prepared.operation.seq_id
+        held = self.held[prepared.operation.subject]
+        held.done_seq = prepared.operation.seq_id
+        held.used_at = time.monotonic()
+        if prepared.operation.state == ops.QUEUED:
+            held.is_suspect = False  # it survived
         self.alone.discard(prepared.operation.request_id)
 
     def _snapshot_if_due(self, run_id: str) -> None:
@@ -370,15 +505,74 @@ class Worker:
 
     def _snapshot(self, run_id: str) -> None:
         held = self.held[run_id]
-        self.archive.snapshot(held.lease, held.point, held.done_seq, self.engine.state(run_id))
+        self.archive.snapshot(held.lease, held.point, held.done_seq, self.slots.state(run_id))
+
+    # -- letting go ----------------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        """Of runs that host memory has no room for, and of those that nobody called for long: both are
+        snapshotted, and come back with their next operation."""
+        for run_id in self.slots.surplus(is_idle=lambda run_id: self._is_idle(self.held[run_id])):
+            self._leave_with_snapshot(run_id, releases=False)
+        now = time.monotonic()
+        if now - self._looked_for_idle_at < self._idle_check_seconds():
+            return
+        self._looked_for_idle_at = now
+        for run_id, held in list(self.held.items()):
+            if now - held.used_at > self.settings.idle_seconds and self._is_idle(held):
+                self._leave_with_snapshot(run_id, releases=True)
+
+    def _idle_check_seconds(self) -> float:
+        return max(0.2, self.settings.idle_seconds / 10)
+
+    def _is_idle(self, held: Held) -> bool:
+        return not held.waiting and not held.requested and self.schedule.is_idle(held.lease.run_id)
+
+    def _leave_with_snapshot(self, run_id: str, *, releases: bool) -> None:
+        held = self.held[run_id]
+        if held.leaving_at is not None or held.point.writing:
+            return  # under way, or the one that is being written comes first
+        if not self.slots.holds(run_id) or held.done_seq == held.point.seq_id:
+            self._part(Snapshotted(run_id, held.done_seq, releases))
+            return
+        held.leaving_at = held.done_seq
+        event = Snapshotted(run_id, held.done_seq, releases)
+        self.archive.snapshot(
+            held.lease,
+            held.point,
+            held.done_seq,
+            self.slots.state(run_id),
+            then=lambda: self.inbox.put(event),
+        )
+
+    def _part(self, event: Snapshotted) -> None:
+        """Forget the run, if nothing happened to it since it was snapshotted."""
+        held = self.held.get(event.run_id)
+        if held is None:
+            return
+        held.leaving_at = None
+        is_covered = held.done_seq == event.seq_id == held.point.seq_id
+        if not self._is_idle(held) or (not is_covered and self.slots.holds(event.run_id)):
+            return
+        metrics.PAGE_OUTS.labels("objects").inc()
+        self._drop(event.run_id)
+        if event.releases:
+            lease = held.lease
+            release = functools.partial(
+                leases.release, run_id=lease.run_id, worker_id=lease.worker_id, epoch=lease.epoch
+            )
+            # Nobody waits for this: if it fails, the run just stays with this worker.
+            self.journal.write(release).add_done_callback(lambda done: done.exception())
 
     def _drop(self, run_id: str) -> None:
-        self.engine.drop(run_id)
+        self.slots.drop(run_id)
         self.schedule.close_run(run_id)
         self.held.pop(run_id, None)
         self.intake.forget(run_id)
 
     def _fail_overdue(self) -> None:
+        for run_id, missing_from in self.schedule.stuck(time.monotonic()):
+            self.intake.look_for(run_id, missing_from)
         for run_id, missing, behind in self.schedule.overdue(time.monotonic()):
             held = self.held[run_id]
             give_up = functools.partial(
@@ -404,15 +598,26 @@ class Worker:
             )
             for seq_id in behind:
                 self._failed(held.prepared.pop(seq_id), failure)
+            self._fail_all(held, list(held.waiting.values()), failure)
 
     def _drain(self) -> None:
         """Hand over: every run snapshotted, every result written, then leave."""
+        self.archive.hurry()
         self.archive.flush()
         for run_id, held in self.held.items():
-            if held.done_seq > held.point.seq_id and self.engine.holds(run_id):
+            if held.done_seq > held.point.seq_id and self.slots.holds(run_id):
                 self._snapshot(run_id)
         self.archive.close()
         self.outbox.close()
         self.journal.write(lambda c: leases.stop_worker(c, self.worker_id)).result()
         self.channel.close()
         self.journal.close()
+
+
+def _budgets(engine: Engine, settings: WorkerSettings) -> dict[str, int]:
+    """Half of what the device has left for slots, a quarter of this machine's memory for the host's tier."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "slot_bytes": settings.slot_bytes or engine.memory_bytes // 2,
+        "host_bytes": settings.host_bytes or memory // 4,
+    }

@@ -18,6 +18,9 @@ from tinsmith_api.journal.tables import operations, runs, tenants, workers
 
 Json = dict[str, Any]
 
+SUSPECT_DEATHS = 2
+"""So many deaths in a row, and the run's operations are executed one by one, alone."""
+
 # Loading a large base may hold a process up for longer than a lease; it has no runs to lose by then.
 _LOADING_LEASES = 20.0
 
@@ -180,12 +183,16 @@ def _loads(connection: sa.Connection, base_model: str) -> list[tuple[int, str]]:
     return [(row[0], row[1]) for row in connection.execute(statement)]
 
 
+# Whoever held a run when its worker died is counted; from the second death on only the one that was tried.
+_COUNTS = sa.case((sa.or_(runs.c.deaths < SUSPECT_DEATHS, runs.c.is_suspect), 1), else_=0)
+
+
 def _move(connection: sa.Connection, run_id: str, from_worker: str | None, to: str, *, died: bool) -> None:
     """Unless somebody else moved it since it was read."""
     connection.execute(
         sa.update(runs)
         .where(runs.c.id == run_id, runs.c.worker_id.is_not_distinct_from(from_worker))
-        .values(worker_id=to, epoch=runs.c.epoch + 1, deaths=runs.c.deaths + (1 if died else 0))
+        .values(worker_id=to, epoch=runs.c.epoch + 1, deaths=runs.c.deaths + (_COUNTS if died else 0))
     )
 
 
@@ -263,6 +270,12 @@ def take(connection: sa.Connection, run_id: str, worker_id: str) -> Lease | None
         row.weight,
         row.deaths,
     )
+
+
+def suspect(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> None:
+    """An operation of this run is executed now, alone: if the worker dies, it is to blame."""
+    check_lease(connection, run_id, worker_id, epoch)
+    connection.execute(sa.update(runs).where(runs.c.id == run_id).values(is_suspect=True))
 
 
 def release(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) -> bool:

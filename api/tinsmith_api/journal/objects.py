@@ -20,16 +20,22 @@ class Damaged(Exception):  # noqa: N818 - the name says what happened
     """A folder's manifest is missing, or a file does not match it, or one of them cannot be read."""
 
 
+class Unavailable(OSError):  # noqa: N818 - the name says what is wrong
+    """The store cannot be reached or refuses its work; it may be otherwise later."""
+
+
 class ObjectStore(Protocol):
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
         """Write `files` and then their manifest under `prefix`; durable on return. Their size in bytes.
 
-        If the same files are there already and whole, they stay as they are.
+        If the same files are there already and whole, they stay as they are. OSError if it cannot be done
+        now, a full disk for example; nothing is to be seen of it then.
         """
         ...
 
     def get(self, prefix: str) -> dict[str, bytes]:
-        """The files under `prefix`, checked against the manifest; Damaged if they do not match it."""
+        """The files under `prefix`, checked against the manifest; Damaged if they do not match it, OSError
+        if they cannot be read now."""
         ...
 
     def delete(self, prefix: str) -> None: ...
@@ -40,6 +46,20 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
         name: {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()} for name, body in files.items()
     }
     return json.dumps({"files": entries}, indent=1, sort_keys=True).encode()
+
+
+def read_manifest(prefix: str, manifest: bytes) -> dict[str, str]:
+    """File name -> SHA-256; Damaged if it is no manifest."""
+    try:
+        return {str(name): str(entry["sha256"]) for name, entry in json.loads(manifest)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{prefix}: its {MANIFEST} does not list files and their checksums") from None
+
+
+def check(prefix: str, files: dict[str, bytes], checksums: dict[str, str]) -> None:
+    for name, body in files.items():
+        if hashlib.sha256(body).hexdigest() != checksums[name]:
+            raise Damaged(f"{prefix}: {name} does not match its checksum")
 
 
 class DirectoryStore:
@@ -76,8 +96,7 @@ class DirectoryStore:
     def get(self, prefix: str) -> dict[str, bytes]:
         folder = self._folder(prefix)
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())["files"]
-            checksums = {name: entry["sha256"] for name, entry in manifest.items()}
+            checksums = read_manifest(prefix, (folder / MANIFEST).read_bytes())
             files = {name: (folder / name).read_bytes() for name in checksums}
         except FileNotFoundError as error:
             raise Damaged(f"{prefix}: {Path(error.filename).name} is missing") from None
@@ -85,11 +104,7 @@ class DirectoryStore:
             raise Damaged(
                 f"{prefix}: {Path(error.filename or '').name} cannot be read: {error.strerror}"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Damaged(f"{prefix}: its {MANIFEST} does not list files and their checksums") from None
-        for name, body in files.items():
-            if hashlib.sha256(body).hexdigest() != checksums[name]:
-                raise Damaged(f"{prefix}: {name} does not match its checksum")
+        check(prefix, files, checksums)
         return files
 
     def delete(self, prefix: str) -> None:
@@ -128,5 +143,9 @@ def _sync(folder: Path) -> None:
 def open_store(
     url: str, *, endpoint: str = "", region: str = "", encryption: str = "", kms_key: str = ""
 ) -> ObjectStore:
-    """The store at `url`: a local directory."""
-    return DirectoryStore(Path(url))
+    """The store at `url`: a local directory, or s3://bucket/prefix, where the other arguments count."""
+    if not url.startswith("s3://"):
+        return DirectoryStore(Path(url))
+    from tinsmith_api.journal.s3 import S3Store
+
+    return S3Store(url, endpoint=endpoint, region=region, encryption=encryption, kms_key=kms_key)

@@ -97,7 +97,10 @@ _WITH_PAYLOADS = sa.select(operations, payloads.c.body).join_from(
     operations, payloads, operations.c.request_id == payloads.c.request_id, isouter=True
 )
 _FETCH = _WITH_PAYLOADS.where(operations.c.request_id.in_(sa.bindparam("of_requests", expanding=True)))
-_HISTORY = _WITH_PAYLOADS.where(
+_LOOK_UP = sa.select(operations).where(
+    operations.c.request_id.in_(sa.bindparam("of_requests", expanding=True))
+)
+_HISTORY = sa.select(operations).where(
     operations.c.subject == sa.bindparam("of_run"), operations.c.seq_id > sa.bindparam("after_seq")
 )
 # Locked, so that the run cannot change hands between this look and the write behind it.
@@ -110,7 +113,7 @@ _LEASE = (
     )
     .with_for_update()
 )
-_FORGET_DEATHS = sa.update(runs).where(runs.c.id == sa.bindparam("of_run")).values(deaths=0)
+_FORGET_DEATHS = sa.update(runs).where(runs.c.id == sa.bindparam("of_run")).values(deaths=0, is_suspect=False)
 _QUEUED_BEHIND = (
     sa.select(sa.func.count())
     .select_from(operations)
@@ -176,6 +179,12 @@ def fetch(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operati
     return [replace(_operation(row), payload=row.body) for row in rows]
 
 
+def look_up(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operation]:
+    """As `fetch`, without payloads."""
+    rows = connection.execute(_LOOK_UP, {"of_requests": list(request_ids)})
+    return [_operation(row) for row in rows]
+
+
 def backlog(
     connection: sa.Connection, worker_id: str, base_model: str, at_most: int = 5000
 ) -> dict[str, int]:
@@ -222,10 +231,9 @@ def queued_counts(connection: sa.Connection) -> dict[str, int]:
 
 
 def history(connection: sa.Connection, run_id: str, after_seq: int) -> list[Operation]:
-    """All operations of a run behind its snapshot, in order, with the payloads that are still kept."""
+    """All operations of a run behind its snapshot, in order, without payloads."""
     rows = connection.execute(_HISTORY, {"of_run": run_id, "after_seq": after_seq})
-    found = [replace(_operation(row), payload=row.body) for row in rows]
-    return sorted(found, key=lambda o: o.seq_id)
+    return sorted(map(_operation, rows), key=lambda o: o.seq_id)
 
 
 def finish(

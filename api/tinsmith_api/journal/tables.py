@@ -77,6 +77,8 @@ runs = sa.Table(
     sa.Column("epoch", sa.Integer, nullable=False),
     # How many workers in a row died holding it, with none of its operations finished in between.
     sa.Column("deaths", sa.Integer, nullable=False, server_default="0"),
+    # After two deaths only the run whose operation is being executed can have caused the next.
+    sa.Column("is_suspect", sa.Boolean, nullable=False, server_default=sa.false()),
     # The snapshot: the state after every operation up to snapshot_seq, -1 before the first.
     sa.Column("snapshot_seq", sa.Integer, nullable=False),
     sa.Column("snapshot_key", sa.String),

@@ -17,6 +17,7 @@ def upgrade() -> None:
 
     with op.batch_alter_table("runs", schema=None) as batch_op:
         batch_op.add_column(sa.Column("deaths", sa.Integer(), server_default="0", nullable=False))
+        batch_op.add_column(sa.Column("is_suspect", sa.Boolean(), server_default=sa.false(), nullable=False))
 
     with op.batch_alter_table("tenants", schema=None) as batch_op:
         batch_op.add_column(sa.Column("weight", sa.Float(), server_default="1", nullable=False))
@@ -44,6 +45,7 @@ def downgrade() -> None:
         batch_op.drop_column("weight")
 
     with op.batch_alter_table("runs", schema=None) as batch_op:
+        batch_op.drop_column("is_suspect")
         batch_op.drop_column("deaths")
 
     with op.batch_alter_table("operations", schema=None) as batch_op:

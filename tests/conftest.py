@@ -1,15 +1,21 @@
-"""A real service for tests: `tinsmith serve` in a process of its own, on a free port and a fresh directory."""
+"""Real services for tests, on free ports and in fresh directories: the embedded form and the distributed."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+if TYPE_CHECKING:
+    from tinsmith_api.journal.objects import ObjectStore
 
 
 class RunningService:
@@ -83,14 +89,23 @@ class RunningService:
         return self.process.wait(timeout=60)
 
     def new_key(self, tenant: str) -> str:
-        command = [sys.executable, "-m", "tinsmith_api.cli", "admin", "keys", "create", tenant]
-        made = subprocess.run(
-            [*command, "--data-dir", str(self.folder)], capture_output=True, text=True, check=True
-        )
-        return made.stdout.strip()
+        return self.admin("keys", "create", tenant)
+
+    def admin(self, *words: str) -> str:
+        command = [sys.executable, "-m", "tinsmith_api.cli", "admin", *words, "--data-dir", str(self.folder)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def database_bytes(self) -> bytes:
+        """Everything the database holds."""
+        return b"".join(f.read_bytes() for f in self.folder.glob("journal.db*"))
 
     def log_text(self) -> str:
         return (self.folder / "service.log").read_text()
+
+    def objects(self) -> "ObjectStore":
+        from tinsmith_api.journal.objects import open_store
+
+        return open_store(str(self.folder / "objects"))
 
     def _wait_for(self, text: str, start: int) -> str:
         for _ in range(600):
@@ -102,26 +117,214 @@ class RunningService:
         raise AssertionError(self.log_text())
 
 
-@pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+class RunningFleet:
+    """The distributed form on this machine: PostgreSQL, Redis and an S3 server, API processes, workers, jobs and
+    beat, each a process that is started again when it ends, as any supervisor would.
+
+    Answers like RunningService. `settings` are those of the processes, by name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: str = "tinsmith/tiny",
+        workers: int = 2,
+        apis: int = 2,
+        **settings: object,
+    ) -> None:
+        from tests import servers
+        from tinsmith_api.journal.s3 import make_bucket
+
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key = "tml-test-key-of-the-first-tenant"
+        self.postgres = servers.Postgres(folder / "postgres")
+        self.redis = servers.Redis(folder / "redis")
+        self.s3 = servers.Moto(folder / "s3")
+        os.environ.update(self.s3.environment)
+        make_bucket("s3://tinsmith", endpoint=self.s3.url)
+        self.settings = {
+            "database": self.postgres.url,
+            "redis": self.redis.url,
+            "objects": "s3://tinsmith/test",
+            "s3_endpoint": self.s3.url,
+            "data_dir": str(folder / "data"),
+            **settings,
+        }
+        self.ports = [servers.free_port() for _ in range(apis)]
+        self.url = f"http://127.0.0.1:{self.ports[0]}"
+        self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
+        self.commands = {f"api{i}": ["api", "--port", str(port)] for i, port in enumerate(self.ports)}
+        self.commands |= {f"worker{i}": ["worker", "--pool", model] for i in range(workers)}
+        self.commands |= {"jobs": ["jobs"], "beat": ["beat"]}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.starts: dict[str, int] = {}
+        self.paused: set[str] = set()  # not started again until somebody says so
+        self._guard = threading.RLock()
+        self.start()
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What the process of this name is told."""
+        said = {f"TINSMITH_{key.upper()}": str(value) for key, value in self.settings.items()}
+        return {
+            **os.environ,
+            **said,
+            "TINSMITH_API_KEY": self.key,
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+
+    def start(self) -> None:
+        self._stopping = threading.Event()
+        for name in self.commands:
+            self.start_one(name)
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._keeper.start()
+        self.wait_ready()
+
+    def restart(self) -> None:
+        self.start()
+
+    def start_one(self, name: str) -> None:
+        command = [sys.executable, "-m", "tinsmith_api.cli", *self.commands[name]]
+        with self._guard, open(self.folder / f"{name}.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, env=self.environment(name), stdout=log, stderr=subprocess.STDOUT
+            )
+            self.starts[name] = self.starts.get(name, 0) + 1
+
+    def _keep(self) -> None:
+        while not self._stopping.wait(0.1):
+            with self._guard:
+                for name, process in list(self.processes.items()):
+                    if process.poll() is not None and name not in self.paused and not self._stopping.is_set():
+                        self.start_one(name)
+
+    def wait_ready(self, seconds: float = 90) -> None:
+        """Every API answers, and a worker is ready."""
+        deadline = time.monotonic() + seconds
+        for url in self.urls:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(httpx.TransportError):
+                    answer = httpx.get(
+                        f"{url}/api/v1/get_server_capabilities", headers={"x-api-key": self.key}, timeout=60
+                    )
+                    if answer.status_code == 200 and answer.json()["supported_models"]:
+                        break
+                time.sleep(0.05)
+            else:
+                raise AssertionError(f"not ready after {seconds} s:\n{self.log_text()}")
+        while not self.ready_workers():
+            assert time.monotonic() < deadline, self.log_text()
+            time.sleep(0.05)
+
+    def ready_workers(self) -> list[str]:
+        """Their ids."""
+        rows = self.sql(
+            "select id from workers where stopped_at is null and ready_at is not null "
+            "and extract(epoch from clock_timestamp()) - heartbeat_at < 3"
+        )
+        return [row[0] for row in rows]
+
+    def sql(self, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
+        import psycopg
+
+        with psycopg.connect(self.postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
+            cursor = connection.execute(statement, arguments)
+            return cursor.fetchall() if cursor.description else []
+
+    def worker_pid(self) -> int:
+        """Of the worker that holds most."""
+        return self.processes["worker0"].pid
+
+    def kill_worker(self) -> None:
+        """All of them, so that whoever holds a run is among them."""
+        for name in self.commands:
+            if name.startswith("worker"):
+                self.processes[name].kill()
+
+    def kill(self) -> None:
+        self._stopping.set()
+        self._keeper.join()
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def stop(self) -> int:
+        """The worst exit status; SIGTERM first, and the servers last."""
+        self._stopping.set()
+        self._keeper.join()
+        codes = []
+        for name in sorted(self.processes, reverse=True):  # workers before APIs
+            self.processes[name].terminate()
+        for process in self.processes.values():
+            codes.append(process.wait(timeout=60))
+        for server in (self.s3, self.redis, self.postgres):
+            server.stop()
+        # Beat and jobs leave by the signal they were sent, or with 0.
+        return max(abs(code) if code not in (-signal.SIGTERM,) else 0 for code in codes)
+
+    def new_key(self, tenant: str) -> str:
+        return self.admin("keys", "create", tenant)
+
+    def database_bytes(self) -> bytes:
+        """Everything the database holds, as text."""
+        tables = self.sql("select table_name from information_schema.tables where table_schema = 'public'")
+        rows = [self.sql(f"select * from {table}") for (table,) in tables]
+        assert any(rows)
+        return repr(rows).encode()
+
+    def admin(self, *words: str) -> str:
+        command = [sys.executable, "-m", "tinsmith_api.cli", "admin", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env=self.environment("admin")
+        ).stdout.strip()
+
+    def log_text(self) -> str:
+        return "\n".join(
+            f"== {name}\n{file.read_text()}"
+            for name in self.commands
+            if (file := self.folder / f"{name}.log").exists()
+        )
+
+    def objects(self) -> "ObjectStore":
+        from tinsmith_api.journal.objects import open_store
+
+        return open_store("s3://tinsmith/test", endpoint=self.s3.url)
+
+
+FORMS = ("embedded", "fleet")
+
+
+@pytest.fixture(scope="session", params=FORMS)
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService | RunningFleet]:
     """The tiny base on the torch engine, shared by the session's tests: each makes sessions of its own."""
-    running = RunningService(tmp_path_factory.mktemp("service"), "--deterministic")
+    folder = tmp_path_factory.mktemp("service")
+    running: RunningService | RunningFleet
+    if request.param == "embedded":
+        running = RunningService(folder, "--deterministic")
+    else:
+        running = RunningFleet(folder, workers=1, deterministic="true")
     yield running
     assert running.stop() == 0, running.log_text()
-    assert "Traceback" not in running.log_text()
+    assert "Traceback" not in running.log_text(), running.log_text()
 
 
-@pytest.fixture(scope="session")
-def null_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+@pytest.fixture(scope="session", params=FORMS)
+def null_service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService | RunningFleet]:
     """The null engine: everything but computing."""
-    running = RunningService(
-        tmp_path_factory.mktemp("null"),
-        "--engine",
-        "null",
-        "--model",
-        "base/null",
-        config="gap_seconds = 2.0\npoll_seconds = 2.0\n",
-    )
+    folder = tmp_path_factory.mktemp("null")
+    running: RunningService | RunningFleet
+    if request.param == "embedded":
+        given = ("--engine", "null", "--model", "base/null")
+        running = RunningService(folder, *given, config="gap_seconds = 2.0\npoll_seconds = 2.0\n")
+    else:
+        running = RunningFleet(folder, model="base/null", engine="null", gap_seconds=2.0, poll_seconds=2.0)
     yield running
     assert running.stop() == 0, running.log_text()
-    assert "Traceback" not in running.log_text()
+    assert "Traceback" not in running.log_text(), running.log_text()

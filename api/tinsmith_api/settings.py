@@ -35,6 +35,10 @@ class Settings(BaseSettings):
     pass_tokens: int = Field(8192, ge=64)
     gap_seconds: float = Field(600.0, gt=0)
     snapshot_seconds: float = Field(15.0, ge=0)
+    # How long an object store that does not answer is asked, before a save or a load fails.
+    storage_patience_seconds: float = Field(120.0, ge=0)
+    # A run that nobody called for so long is snapshotted and let go of; its next call brings it back.
+    idle_seconds: float = Field(600.0, gt=0)
     slot_bytes: int = Field(0, ge=0)  # 0: computed from what the machine has
     host_bytes: int = Field(0, ge=0)
     poll_seconds: float = Field(25.0, gt=0, lt=40)  # the official SDK hangs up after 45 s
@@ -131,6 +135,8 @@ def worker_arguments(settings: Settings, base_model: str, path: str) -> list[str
         "pass-tokens": settings.pass_tokens,
         "gap-seconds": settings.gap_seconds,
         "snapshot-seconds": settings.snapshot_seconds,
+        "storage-patience-seconds": settings.storage_patience_seconds,
+        "idle-seconds": settings.idle_seconds,
         "slot-bytes": settings.slot_bytes,
         "host-bytes": settings.host_bytes,
         "lease-seconds": settings.lease_seconds,

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -117,10 +118,16 @@ def test_many_waiters_on_one_future_all_wake(wire: Wire) -> None:
         assert {r.result()["metrics"]["step"] for r in results} == {2}
 
 
-def test_a_failed_save_leaves_its_name_free(wire: Wire, null_service: RunningService) -> None:
+def test_a_failed_save_leaves_its_name_free(tmp_path: Path) -> None:
+    """As a full disk would make it fail."""
+    serving = RunningService(
+        tmp_path, "--engine", "null", "--model", MODEL, config="storage_patience_seconds = 0.2\n"
+    )
+    wire = Wire(serving.url, serving.key)
     run = wire.run(MODEL)
-    folder = null_service.folder / "objects" / "checkpoints" / run
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    assert wire.result(wire.post("/save_weights", model_id=wire.run(MODEL), seq_id=1))["path"]
+    (saved,) = (tmp_path / "objects").glob("*/checkpoints")
+    folder = saved / run
     folder.write_text("in the way")  # a file where the store needs a folder
     failure = wire.result(wire.post("/save_weights", model_id=run, seq_id=1, path="mine"))
     assert failure["category"] == "server"
@@ -128,6 +135,7 @@ def test_a_failed_save_leaves_its_name_free(wire: Wire, null_service: RunningSer
     assert wire.result(wire.post("/save_weights", model_id=run, seq_id=2, path="mine"))["path"].endswith(
         "/mine"
     )
+    assert serving.stop() == 0
 
 
 def test_a_finished_session_takes_no_calls(wire: Wire) -> None:

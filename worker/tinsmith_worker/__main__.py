@@ -62,6 +62,8 @@ def main() -> None:
             pass_tokens=given.pass_tokens,
             gap_seconds=given.gap_seconds,
             snapshot_seconds=given.snapshot_seconds,
+            storage_patience_seconds=given.storage_patience_seconds,
+            idle_seconds=given.idle_seconds,
             slot_bytes=given.slot_bytes,
             host_bytes=given.host_bytes,
         ),
@@ -87,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pass-tokens", type=int, default=WorkerSettings.pass_tokens)
     parser.add_argument("--gap-seconds", type=float, default=WorkerSettings.gap_seconds)
     parser.add_argument("--snapshot-seconds", type=float, default=WorkerSettings.snapshot_seconds)
+    parser.add_argument(
+        "--storage-patience-seconds", type=float, default=WorkerSettings.storage_patience_seconds
+    )
+    parser.add_argument("--idle-seconds", type=float, default=WorkerSettings.idle_seconds)
     parser.add_argument("--slot-bytes", type=int, default=WorkerSettings.slot_bytes)
     parser.add_argument("--host-bytes", type=int, default=WorkerSettings.host_bytes)
     return parser

@@ -95,6 +95,13 @@ class RunningService:
         command = [sys.executable, "-m", "tinsmith_api.cli", "admin", *words, "--data-dir", str(self.folder)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    def sql(self, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
+        """Asked of the database, with ? for arguments."""
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(self.folder / "journal.db")) as connection:
+            return connection.execute(statement, arguments).fetchall()
+
     def database_bytes(self) -> bytes:
         """Everything the database holds."""
         return b"".join(f.read_bytes() for f in self.folder.glob("journal.db*"))
@@ -228,10 +235,11 @@ class RunningFleet:
         return [row[0] for row in rows]
 
     def sql(self, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
+        """Asked of the database, with ? for arguments."""
         import psycopg
 
         with psycopg.connect(self.postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
-            cursor = connection.execute(statement, arguments)
+            cursor = connection.execute(statement.replace("?", "%s"), arguments)
             return cursor.fetchall() if cursor.description else []
 
     def worker_pid(self) -> int:

@@ -11,25 +11,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tinker
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 from tinker import types
 
-from tests.conftest import RunningService
+from tests.conftest import FORMS, RunningFleet, RunningService
 from tests.e2e.wire import Wire, datum, logprobs
 
 MODEL = "tinsmith/tiny"
 STEPS = 30
 
 
-@pytest.fixture(scope="module")
-def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+Fragile = RunningService | RunningFleet
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def fragile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fragile]:
     """A service of its own to kill; snapshots every half second, so that runs restart from them too."""
-    running = RunningService(
-        tmp_path_factory.mktemp("fragile"), config="snapshot_seconds = 0.5\ndeterministic = true\n"
-    )
+    folder = tmp_path_factory.mktemp("fragile")
+    running: Fragile
+    if request.param == "embedded":
+        running = RunningService(folder, config="snapshot_seconds = 0.5\ndeterministic = true\n")
+    else:
+        running = RunningFleet(
+            folder, workers=2, apis=1, snapshot_seconds=0.5, deterministic="true", lease_seconds=2
+        )
     yield running
     assert running.stop() == 0, running.log_text()
-    assert "Traceback" not in running.log_text()
+    assert "Traceback" not in running.log_text(), running.log_text()
 
 
 def _batch(step: int) -> list[types.Datum]:
@@ -47,7 +55,7 @@ def _batch(step: int) -> list[types.Datum]:
     return data
 
 
-def _train(service: RunningService, name: str) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+def _train(service: Fragile, name: str) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """30 pipelined steps of the official SDK: every logprob it got, and the weights at the end."""
     with tinker.ServiceClient(base_url=service.url, api_key=service.key) as client:
         run = client.create_lora_training_client(MODEL, rank=8, seed=3).result()
@@ -62,18 +70,12 @@ def _train(service: RunningService, name: str) -> tuple[list[np.ndarray], dict[s
         counted = [stepped.result().metrics["step"] for _, stepped in steps]
         assert counted == list(range(1, STEPS + 1))
         path = run.save_state(name).result().path
-    return seen, load_file(_files_of(service, path) / "adapter_model.safetensors")
-
-
-def _files_of(service: RunningService, path: str) -> Path:
-    """Where the newest checkpoint of a run lies on disk."""
-    run = path.removeprefix("tinker://").split("/")[0]
-    folders = (service.folder / "objects" / "checkpoints" / run).iterdir()
-    return max(folders, key=lambda f: f.stat().st_mtime)
+    (prefix,) = service.sql("select object_prefix from checkpoints where path = ?", path)[0]
+    return seen, load(service.objects().get(prefix)["adapter_model.safetensors"])
 
 
 @pytest.mark.slow
-def test_a_worker_killed_at_random_moments_changes_nothing(fragile: RunningService) -> None:
+def test_a_worker_killed_at_random_moments_changes_nothing(fragile: Fragile) -> None:
     calm_logprobs, calm_weights = _train(fragile, "calm")
     finished = threading.Event()
     kills: list[int] = []
@@ -84,8 +86,8 @@ def test_a_worker_killed_at_random_moments_changes_nothing(fragile: RunningServi
             fragile.wait_ready()
             if finished.wait(moments.uniform(0.0, 0.7)):
                 return
-            kills.append(fragile.worker_pid())
-            os.kill(kills[-1], signal.SIGKILL)
+            fragile.kill_worker()
+            kills.append(1)
 
     def neighbour() -> None:
         """Another tenant, whose tokens share the passes."""
@@ -116,7 +118,7 @@ def test_a_worker_killed_at_random_moments_changes_nothing(fragile: RunningServi
 
 
 @pytest.mark.slow
-def test_killing_everything_and_starting_again_goes_on(fragile: RunningService) -> None:
+def test_killing_everything_and_starting_again_goes_on(fragile: Fragile) -> None:
     wire = Wire(fragile.url, fragile.key)
     run = wire.run(MODEL)
     before = logprobs(wire.output(wire.submit(run, 1, datum([1, 2, 3, 4]))))
@@ -145,7 +147,7 @@ def test_killing_everything_and_starting_again_goes_on(fragile: RunningService) 
 
 
 @pytest.mark.slow
-def test_an_accumulated_gradient_survives_the_worker(fragile: RunningService) -> None:
+def test_an_accumulated_gradient_survives_the_worker(fragile: Fragile) -> None:
     """Killed between a forward_backward and its optim_step: the step is taken with the whole gradient."""
     wire = Wire(fragile.url, fragile.key)
     norms = []
@@ -160,6 +162,7 @@ def test_an_accumulated_gradient_survives_the_worker(fragile: RunningService) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fragile", ["embedded"], indirect=True)  # a fleet's own test is in test_fleet.py
 def test_a_worker_asked_to_leave_hands_over_without_replay(fragile: RunningService) -> None:
     wire = Wire(fragile.url, fragile.key)
     run = wire.run(MODEL)
@@ -172,12 +175,13 @@ def test_a_worker_asked_to_leave_hands_over_without_replay(fragile: RunningServi
     while fragile.worker_pid() == leaving and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "ended with code 0" in fragile.log_text()
-    snapshots = list((fragile.folder / "objects" / "snapshots" / run).iterdir())
-    assert [s.name.split("-")[0] for s in snapshots] == ["6"], "the last operation is not in the snapshot"
+    ((covered,),) = fragile.sql("select snapshot_seq from runs where id = ?", run)
+    assert covered == 6, "the last operation is not in the snapshot"
     assert wire.result(wire.optim(run, 7))["metrics"]["step"] == 4
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fragile", ["embedded"], indirect=True)
 def test_a_control_plane_killed_alone_takes_its_worker_with_it_and_comes_back(
     fragile: RunningService,
 ) -> None:

@@ -333,7 +333,7 @@ class Worker:
                 )
             else:
                 metrics.REPLAYED.inc()
-        work = [prepared for prepared in work if self._may_try(prepared.operation.subject)]
+        work = [prepared for prepared in work if self._may_try(prepared.operation)]
         if batch[0].group != OTHER:
             with metrics.COMPUTE.labels(batch[0].group).time():
                 self._pass(work)
@@ -344,10 +344,11 @@ class Worker:
                 with metrics.COMPUTE.labels(prepared.operation.kind).time():
                     self._call(prepared)
 
-    def _may_try(self, run_id: str) -> bool:
-        """Leave word of what is tried now, if it may be the end of this process. False if the run is lost."""
-        held = self.held[run_id]
-        if not held.is_suspect:
+    def _may_try(self, operation: Operation) -> bool:
+        """Leave word of what is tried now, if it may be the end of this process: a new call, not one that
+        was survived before. False if the run is lost."""
+        held = self.held[operation.subject]
+        if not held.is_suspect or operation.state != ops.QUEUED:
             return True
         lease = held.lease
         try:
@@ -355,7 +356,7 @@ class Worker:
                 lambda c: leases.suspect(c, lease.run_id, lease.worker_id, lease.epoch)
             ).result()
         except LeaseLost:
-            self._drop(run_id)
+            self._drop(operation.subject)
             return False
         return True
 

@@ -1,13 +1,14 @@
 """Real services for tests, on free ports and in fresh directories: the embedded form and the distributed."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 if TYPE_CHECKING:
+    from tests import servers
     from tinsmith_api.journal.objects import ObjectStore
 
 
@@ -336,3 +338,28 @@ def null_service(
     yield running
     assert running.stop() == 0, running.log_text()
     assert "Traceback" not in running.log_text(), running.log_text()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator["servers.Postgres"]:
+    from tests import servers
+
+    server = servers.Postgres(tmp_path_factory.mktemp("postgres"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres: "servers.Postgres") -> Callable[[], str]:
+    """Makes an empty database and says its URL."""
+    import psycopg
+
+    numbers = itertools.count()
+
+    def make() -> str:
+        name = f"test{next(numbers)}"
+        with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(f"create database {name}")
+        return postgres.url.removesuffix("postgres") + name
+
+    return make

@@ -51,7 +51,10 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
 def read_manifest(prefix: str, manifest: bytes) -> dict[str, str]:
     """File name -> SHA-256; Damaged if it is no manifest."""
     try:
-        return {str(name): str(entry["sha256"]) for name, entry in json.loads(manifest)["files"].items()}
+        checksums = {str(name): str(entry["sha256"]) for name, entry in json.loads(manifest)["files"].items()}
+        if any("\0" in name or "/" in name for name in checksums):
+            raise ValueError("no file names")
+        return checksums
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{prefix}: its {MANIFEST} does not list files and their checksums") from None
 

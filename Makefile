@@ -1,13 +1,13 @@
 # make install   a virtual environment in .venv with everything in it
 # make demo      fine-tune a small model through a service of your own
 # make test      lint, types and tests
-# make bench-control, make proto, make lint, make gpu-check: see below
+# make bench-control, bench-load, chaos, proto, lint, gpu-check: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: install demo test lint bench-control proto gpu-check
+.PHONY: install demo test lint bench-control bench-load chaos proto gpu-check
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -62,6 +62,14 @@ lint: install
 # The control plane alone: a service with an engine that computes nothing.
 bench-control: install
 	.venv/bin/python tests/benchmarks/control.py $(ARGS)
+
+# Kill everything again and again while tenants train; minutes (ARGS="--points 100 --seed 1").
+chaos: install
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.chaos.harness $(ARGS)
+
+# 200 clients on a fleet whose engine computes nothing (ARGS="--seconds 600").
+bench-load: install
+	.venv/bin/python -m tests.benchmarks.load $(ARGS)
 
 # Generate the codec from its schema.
 proto: install

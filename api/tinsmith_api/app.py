@@ -1,15 +1,18 @@
 """The control plane as an ASGI application."""
 
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
 from tinsmith_api.bodies import TooLarge, UnsupportedEncoding, reply
+from tinsmith_api.journal import metrics
 from tinsmith_api.journal.store import Unavailable
 from tinsmith_api.owner import Gone
 from tinsmith_api.routes import futures, records, sampling, start, training
@@ -50,7 +53,34 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(sa.exc.DataError, _cannot_be_stored)
     app.add_exception_handler(Exception, _unexpected)
+    app.add_middleware(Measured)
     return app
+
+
+class Measured:
+    """Counts and times every request, by its route."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note)
+        finally:
+            # Not the path itself: it holds names, and those are without number.
+            route = getattr(scope.get("route"), "path", "other")
+            metrics.HTTP_SECONDS.labels(route, status).observe(time.perf_counter() - started)
 
 
 def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:

@@ -105,7 +105,9 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
 
     migrate = nouns.add_parser("migrate", help="bring the database's tables up to date")
     migrate.set_defaults(run=_migrate)
-    return [create, revoke, listing, share, everyone, alive, drain, scale, migrate]
+    bucket = nouns.add_parser("bucket", help="make the bucket of TINSMITH_OBJECTS, in a server of your own")
+    bucket.set_defaults(run=_bucket)
+    return [create, revoke, listing, share, everyone, alive, drain, scale, migrate, bucket]
 
 
 # -- processes -------------------------------------------------------------------------------------------
@@ -201,6 +203,18 @@ def _open_journal(given: argparse.Namespace) -> "Store":
 
 def _migrate(given: argparse.Namespace) -> None:
     _open_journal(given).close()
+
+
+def _bucket(given: argparse.Namespace) -> None:
+    settings = _settings(given)
+    if not settings.objects.startswith("s3://"):
+        sys.exit("tinsmith: TINSMITH_OBJECTS is not in S3: set it to s3://BUCKET/PREFIX")
+    from tinsmith_api.journal.s3 import make_bucket
+
+    try:
+        make_bucket(settings.objects, endpoint=settings.s3_endpoint, region=settings.s3_region)
+    except OSError as error:
+        sys.exit(f"tinsmith: {error}")
 
 
 def _keys(given: argparse.Namespace) -> None:

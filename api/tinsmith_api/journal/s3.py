@@ -139,8 +139,9 @@ def make_bucket(url: str, *, endpoint: str = "", region: str = "") -> None:
     )
     try:
         client.create_bucket(Bucket=urlsplit(url).netloc)
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+    except (ClientError, BotoCoreError) as error:
+        there = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
+        if not isinstance(error, ClientError) or error.response["Error"]["Code"] not in there:
             raise Unavailable(f"the bucket of {url} cannot be made: {error}") from error
 
 

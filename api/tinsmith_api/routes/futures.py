@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from tinsmith.wire import json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api.bodies import Body, parse, read_body, reply
+from tinsmith_api.journal import metrics
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Outcome
 from tinsmith_api.owner import Gone, Mine, Owner
@@ -47,7 +48,7 @@ async def _outcome(mine: Owner, request_id: str) -> Outcome:
     wakeups = mine.service.wakeups
     loop = asyncio.get_running_loop()
     deadline = loop.time() + mine.service.settings.poll_seconds
-    with wakeups.expecting(request_id) as woken:
+    with wakeups.expecting(request_id) as woken, metrics.PARKED_POLLS.track_inprogress():
         # What this process submitted and was not woken for needs no look into the journal.
         outcome = None
         if not wakeups.is_unfinished(request_id, mine.tenant_id):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from tests.e2e.wire import datum
 from tinsmith.wire import tinsmith_pb2 as pb
@@ -67,6 +68,13 @@ class CountingEngine(NullEngine):
         return {"grad_norm": gradient}
 
 
+def _received(line: socket.socket) -> bytes:
+    try:
+        return line.recv(1 << 16)
+    except OSError:
+        return b""
+
+
 class House:
     """A journal, an object store and workers on them."""
 
@@ -93,6 +101,10 @@ class House:
     def start(self, name: str, **settings: float) -> None:
         ours, theirs = socket.socketpair()
         self.line = ours
+        # Somebody must read what the worker says, or it will have to wait.
+        threading.Thread(
+            target=lambda: [None for _ in iter(lambda: _received(ours), b"")], daemon=True
+        ).start()
         self.engine = CountingEngine()
         self.journal.write(lambda c: leases.register_worker(c, name, "m", {})).result()
         self.worker = Worker(
@@ -141,13 +153,34 @@ class House:
     def step(self, run: str, seq: int, *, ring: bool = True) -> str:
         return self.submit(run, seq, ops.OPTIM_STEP, json.dumps({"adam_params": {}}).encode(), ring=ring)
 
-    def outcome(self, request_id: str) -> Outcome:
-        for _ in range(1000):
+    def outcome(self, request_id: str, *, pause: float = 0.01) -> Outcome:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
             found = self.journal.read(lambda c: ops.outcome(c, request_id, self.tenant)).result()
             if found and found.state != ops.QUEUED:
                 return found
-            time.sleep(0.01)
+            time.sleep(pause)
         raise AssertionError("never finished")
+
+    def queued(self, request_id: str) -> bool:
+        (found,) = self.journal.read(lambda c: ops.look_up(c, [request_id])).result()
+        return found.state == ops.QUEUED
+
+    def sql(self, statement: str) -> list[tuple[object, ...]]:
+        def run(c: sa.Connection) -> list[tuple[object, ...]]:
+            done = c.exec_driver_sql(statement)
+            return [tuple(row) for row in done] if done.returns_rows else []
+
+        return self.journal.write(run).result()
+
+    def another_tenant(self, name: str) -> str:
+        def enter(c: sa.Connection) -> str:
+            key = identities.create_key(c, name)
+            tenant = identities.tenant_of_key(c, identities.sha256(key))
+            assert tenant
+            return tenant
+
+        return self.journal.write(enter).result()
 
     def gradient_of(self, request_id: str) -> float:
         body = self.outcome(request_id).body

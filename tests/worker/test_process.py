@@ -139,8 +139,10 @@ class House:
         gone = runs.update().values(snapshot_seq=-1, snapshot_key=None)
         self.journal.write(lambda c: c.execute(gone)).result()
 
-    def submit(self, run: str, seq: int, kind: str, payload: bytes, *, ring: bool = True) -> str:
-        operation = Operation(run, seq, kind, self.tenant, "m", payload=payload)
+    def submit(
+        self, run: str, seq: int, kind: str, payload: bytes, *, ring: bool = True, tokens: int = 0
+    ) -> str:
+        operation = Operation(run, seq, kind, self.tenant, "m", payload=payload, tokens=tokens)
         request_id = self.journal.write(lambda c: ops.submit(c, operation)).result()[0].request_id
         if ring:
             self.line.sendall(f"ring {request_id}\n".encode())
@@ -148,7 +150,8 @@ class House:
 
     def train(self, run: str, seq: int, *tokens: int, ring: bool = True) -> str:
         message = pb.ForwardBackwardRequest(data=[datum([*tokens, 0])], loss_fn="cross_entropy", seq_id=seq)
-        return self.submit(run, seq, ops.FORWARD_BACKWARD, message.SerializeToString(), ring=ring)
+        body = message.SerializeToString()
+        return self.submit(run, seq, ops.FORWARD_BACKWARD, body, ring=ring, tokens=len(tokens))
 
     def step(self, run: str, seq: int, *, ring: bool = True) -> str:
         return self.submit(run, seq, ops.OPTIM_STEP, json.dumps({"adam_params": {}}).encode(), ring=ring)
@@ -223,7 +226,7 @@ def test_a_step_that_failed_and_cleared_its_gradient_does_so_in_a_replay_too(hou
     house.train("a", 1, INFINITE, 1)
     assert house.outcome(house.step("a", 2)).error is not None
     house.outcome(house.train("a", 3, 1, 2))
-    house.line.close()  # as if the control plane had died: the worker leaves
+    house.line.shutdown(socket.SHUT_RDWR)  # as if the control plane had died: the worker leaves
     house.thread.join(timeout=20)
     # A snapshot was taken on leaving; without it the replay starts from nothing.
     house.forget_snapshot()

@@ -111,7 +111,7 @@ _MAX_PAUSE_SECONDS = 5.0
 
 class Intake:
     """`inbox` is read by the engine's thread. `known` (run -> epoch), `samplers` and `sampling` remember what
-    it was sent; `crowded` are the runs that have enough unpacked operations for now, says the engine.
+    it was sent; `ahead` counts the unpacked operations of every run, and the engine corrects it at each turn.
 
     `patience_seconds`: for how long an object store that does not answer is asked for a checkpoint. A run's
     snapshot is waited for without end: nobody is served by a run that fails because of it.
@@ -138,7 +138,7 @@ class Intake:
         self.known: dict[str, int] = {}
         self.samplers: set[str] = set()
         self.sampling: set[str] = set()
-        self.crowded: set[str] = set()
+        self.ahead: dict[str, int] = {}
         # Runs being adopted, with what was rung for meanwhile: it must reach the inbox behind them.
         self._adopting: dict[str, list[Operation]] = {}
         self._changing = threading.Lock()  # known and _adopting, together
@@ -187,7 +187,7 @@ class Intake:
     def forget(self, run_id: str) -> None:
         with self._changing:
             self.known.pop(run_id, None)
-            self.crowded.discard(run_id)
+            self.ahead.pop(run_id, None)
 
     def _work_forever(self) -> None:
         while True:
@@ -216,7 +216,10 @@ class Intake:
     def _send(self, operation: Operation) -> None:
         if operation.state == ops.FAILED:
             self.inbox.put(Arrived(Prepared(operation, None)))
-        elif operation.subject in self.crowded:
+            return
+        ahead = self.ahead.get(operation.subject, 0)
+        self.ahead[operation.subject] = ahead + 1
+        if ahead >= AHEAD:
             self.inbox.put(Waiting(replace(operation, payload=None)))
         elif operation.payload is None or operation.kind in _READING:
             self.prepare([operation])

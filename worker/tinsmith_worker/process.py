@@ -269,6 +269,7 @@ class Worker:
             "server",
         )
         self._fail_all(held, queued[:1], failure)
+        held.is_suspect = False
 
     def _fail_all(self, held: Held, operations: Sequence[Operation], failure: Failure) -> None:
         for operation in operations:
@@ -314,10 +315,7 @@ class Worker:
                 held.requested.add(seq_id)
         if wanted:
             self.intake.prepare(wanted)
-        if len(held.prepared) >= AHEAD:
-            self.intake.crowded.add(held.lease.run_id)
-        else:
-            self.intake.crowded.discard(held.lease.run_id)
+        self.intake.ahead[held.lease.run_id] = len(ahead)
 
     # -- executing -----------------------------------------------------------------------------------
 

@@ -177,9 +177,9 @@ def test_dashboards_alerts_and_scaling_ask_for_metrics_there_are() -> None:
             for family in metric.describe():
                 ends = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
                 known |= {family.name + end for end in ends[family.type]}
-    dashboard = json.loads((DEPLOY / "grafana/dashboards/tinsmith.json").read_text())
+    dashboard = json.loads((DEPLOY / "chart/files/dashboard.json").read_text())
     asked = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
-    alerts = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
+    alerts = yaml.safe_load((DEPLOY / "chart/files/alerts.yml").read_text())
     asked += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
     names = set(itertools.chain.from_iterable(re.findall(r"tinsmith_\w+", query) for query in asked))
     assert names <= known, names - known

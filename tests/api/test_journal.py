@@ -1,12 +1,10 @@
 """The journal on a real SQLite file and a real PostgreSQL: group commit, idempotent submission, leases, snapshots, names."""
 
 import asyncio
-import json
-import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import sqlalchemy as sa
 
 from tinsmith_api.journal import checkpoints, identities, leases
 from tinsmith_api.journal import operations as ops
-from tinsmith_api.journal.objects import Damaged, DirectoryStore
 from tinsmith_api.journal.operations import LeaseLost, Operation, insert_if_new
 from tinsmith_api.journal.store import Store
 from tinsmith_api.journal.tables import metadata, payloads, results, runs, sessions, tenants, workers
@@ -311,83 +308,6 @@ def test_no_purge_reads_more_than_it_deletes(store: Store) -> None:
     ):
         plan = store.read(lambda c, s=statement: c.exec_driver_sql(f"EXPLAIN QUERY PLAN {s}").all()).result()
         assert not [row for row in plan if row[3].startswith("SCAN")], plan
-
-
-def test_a_folder_of_objects_is_whole_or_absent(tmp_path: Path) -> None:
-    objects = DirectoryStore(tmp_path)
-    objects.put("a/b", {"x": b"1", "y": b"22"})
-    assert objects.get("a/b") == {"x": b"1", "y": b"22"}
-    (tmp_path / "a/b/y").write_bytes(b"2x")
-    with pytest.raises(Damaged, match="checksum"):
-        objects.get("a/b")
-    (tmp_path / "a/b/y").unlink()
-    with pytest.raises(Damaged, match="missing"):
-        objects.get("a/b")
-    with pytest.raises(Damaged):
-        objects.get("a/never")
-    objects.delete("a/b")
-    assert not (tmp_path / "a/b").exists()
-
-
-def _write_manifest(folder: Path, content: object) -> None:
-    (folder / "manifest.json").write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda f: (f / "manifest.json").write_bytes(b"{ torn"),
-        lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\xff"),
-        lambda f: _write_manifest(f, {}),
-        lambda f: _write_manifest(f, []),
-        lambda f: _write_manifest(f, {"files": ["x"]}),
-        lambda f: _write_manifest(f, {"files": {"x": {"bytes": 1}}}),
-        lambda f: _write_manifest(f, {"files": {"x\0": {"sha256": ""}}}),
-        lambda f: ((f / "x").unlink(), (f / "x").mkdir()),
-        lambda f: ((f / "x").unlink(), (f / "x").symlink_to(f / "x")),
-    ],
-)
-def test_whatever_is_wrong_with_a_folder_it_is_damaged(
-    tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
-    objects = DirectoryStore(tmp_path)
-    objects.put("a/b", {"x": b"1"})
-    damage(tmp_path / "a/b")
-    with pytest.raises(Damaged, match=r"a/b: .* (cannot be read|does not list)"):
-        objects.get("a/b")
-    objects.put("a/b", {"x": b"1"})
-    assert objects.get("a/b") == {"x": b"1"}, "a save may be written again"
-
-
-def test_a_save_executed_again_leaves_the_whole_one_alone(tmp_path: Path) -> None:
-    objects = DirectoryStore(tmp_path)
-    objects.put("a/b", {"x": b"1"})
-    before = (tmp_path / "a/b").stat()
-    objects.put("a/b", {"x": b"1"})
-    after = (tmp_path / "a/b").stat()
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    objects.put("a/b", {"x": b"2"})
-    assert objects.get("a/b") == {"x": b"2"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
-
-
-def test_what_a_crash_left_half_written_is_swept_and_what_is_being_written_is_not(tmp_path: Path) -> None:
-    two_hours_ago = time.time() - 7200
-    for name in (".writing-old", ".writing-slow", ".writing-new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_bytes(b"1")
-        os.utime(tmp_path / name, (two_hours_ago, two_hours_ago))
-    os.utime(tmp_path / ".writing-old" / "x", (two_hours_ago, two_hours_ago))
-    os.utime(tmp_path / ".writing-new")
-    DirectoryStore(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-new", ".writing-slow"]
-
-
-def test_a_prefix_cannot_leave_the_store(tmp_path: Path) -> None:
-    objects = DirectoryStore(tmp_path / "store")
-    for prefix in ("../out", "", "a/../.."):
-        with pytest.raises(AssertionError):
-            objects.put(prefix, {"x": b""})
 
 
 def test_a_pool_s_facts_come_from_its_newest_worker(store: Store) -> None:

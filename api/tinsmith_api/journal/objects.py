@@ -1,5 +1,6 @@
 """The object store: checkpoints and snapshots, each a folder of files that appears whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MANIFEST = "manifest.json"
 
@@ -28,8 +29,9 @@ class ObjectStore(Protocol):
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
         """Write `files` and then their manifest under `prefix`; durable on return. Their size in bytes.
 
-        If the same files are there already and whole, they stay as they are. OSError if it cannot be done
-        now, a full disk for example; nothing is to be seen of it then.
+        A prefix stands for one save. Files that are there already and whole are that save's, executed before:
+        they stay as they are, whatever was read of them stays true, and the size is theirs. OSError if it
+        cannot be done now, a full disk for example; nothing is to be seen of it then.
         """
         ...
 
@@ -38,7 +40,14 @@ class ObjectStore(Protocol):
         if they cannot be read now."""
         ...
 
-    def delete(self, prefix: str) -> None: ...
+    def delete(self, prefix: str) -> None:
+        """Nothing if there is nothing; OSError if it cannot be done now."""
+        ...
+
+
+class Entry(NamedTuple):
+    size_bytes: int
+    sha256: str
 
 
 def manifest_of(files: dict[str, bytes]) -> bytes:
@@ -48,20 +57,21 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
     return json.dumps({"files": entries}, indent=1, sort_keys=True).encode()
 
 
-def read_manifest(prefix: str, manifest: bytes) -> dict[str, str]:
-    """File name -> SHA-256; Damaged if it is no manifest."""
+def read_manifest(prefix: str, manifest: bytes) -> dict[str, Entry]:
+    """By file name; Damaged if it is no manifest."""
     try:
-        checksums = {str(name): str(entry["sha256"]) for name, entry in json.loads(manifest)["files"].items()}
-        if any("\0" in name or "/" in name for name in checksums):
-            raise ValueError("no file names")
-        return checksums
+        given = json.loads(manifest)["files"]
+        entries = {str(name): Entry(int(e["bytes"]), str(e["sha256"])) for name, e in given.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{prefix}: its {MANIFEST} does not list files and their checksums") from None
+        entries = None
+    if entries is None or any("/" in name or "\0" in name for name in entries):
+        raise Damaged(f"{prefix}: its {MANIFEST} does not list files and their checksums")
+    return entries
 
 
-def check(prefix: str, files: dict[str, bytes], checksums: dict[str, str]) -> None:
+def check(prefix: str, files: dict[str, bytes], entries: dict[str, Entry]) -> None:
     for name, body in files.items():
-        if hashlib.sha256(body).hexdigest() != checksums[name]:
+        if hashlib.sha256(body).hexdigest() != entries[name].sha256:
             raise Damaged(f"{prefix}: {name} does not match its checksum")
 
 
@@ -75,6 +85,34 @@ class DirectoryStore:
 
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
         target = self._folder(prefix)
+        whole = self._read_if_whole(prefix)
+        if whole is None:
+            self._write(target, files)
+        for folder in target.parents:
+            _sync(folder)
+            if folder == self.root.resolve():
+                break
+        return sum(len(body) for body in (whole or files).values())
+
+    def get(self, prefix: str) -> dict[str, bytes]:
+        folder = self._folder(prefix)
+        try:
+            entries = read_manifest(prefix, (folder / MANIFEST).read_bytes())
+            files = {name: (folder / name).read_bytes() for name in entries}
+        except FileNotFoundError as error:
+            raise Damaged(f"{prefix}: {Path(error.filename).name} is missing") from None
+        except OSError as error:
+            # The rest may pass: too many open files, a network file system that does not answer.
+            if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+                raise
+            raise Damaged(f"{prefix}: {Path(error.filename).name} cannot be read: {error.strerror}") from None
+        check(prefix, files, entries)
+        return files
+
+    def delete(self, prefix: str) -> None:
+        shutil.rmtree(self._folder(prefix), ignore_errors=True)
+
+    def _write(self, target: Path, files: dict[str, bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
         try:
@@ -84,40 +122,18 @@ class DirectoryStore:
                     file.flush()
                     os.fsync(file.fileno())
             _sync(folder)
-            if self._holds(prefix, files):
-                shutil.rmtree(folder)  # a save that is executed again after a crash
-            else:
-                if target.exists():
-                    shutil.rmtree(target)  # half of it, or other bytes that nothing refers to
-                folder.rename(target)
-            _sync(target.parent)
+            if target.exists():
+                shutil.rmtree(target)  # it is not whole
+            folder.rename(target)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return sum(len(body) for body in files.values())
 
-    def get(self, prefix: str) -> dict[str, bytes]:
-        folder = self._folder(prefix)
+    def _read_if_whole(self, prefix: str) -> dict[str, bytes] | None:
         try:
-            checksums = read_manifest(prefix, (folder / MANIFEST).read_bytes())
-            files = {name: (folder / name).read_bytes() for name in checksums}
-        except FileNotFoundError as error:
-            raise Damaged(f"{prefix}: {Path(error.filename).name} is missing") from None
-        except OSError as error:
-            raise Damaged(
-                f"{prefix}: {Path(error.filename or '').name} cannot be read: {error.strerror}"
-            ) from None
-        check(prefix, files, checksums)
-        return files
-
-    def delete(self, prefix: str) -> None:
-        shutil.rmtree(self._folder(prefix), ignore_errors=True)
-
-    def _holds(self, prefix: str, files: dict[str, bytes]) -> bool:
-        try:
-            return self.get(prefix) == files
+            return self.get(prefix)
         except Damaged:
-            return False
+            return None
 
     def _sweep(self) -> None:
         """Other processes may be writing at this moment, so only what was left long ago goes."""

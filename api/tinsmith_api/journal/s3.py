@@ -1,12 +1,19 @@
 """Objects in any S3: files first, their manifest last, checked by their SHA-256 on the way back.
 
+The files of PREFIX lie at PREFIX/DIGEST/NAME, where DIGEST is that of the manifest, PREFIX/manifest.json. So
+two attempts that differ never share a file: a manifest is true whoever else writes, and whenever
+(docs/decisions/0006-objects.md).
+
 Nothing here relies on what servers disagree about: no conditional puts, no bulk deletes, no checksums in
-trailers. What a prefix stands for is decided in the journal's database, never here.
+trailers.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -14,136 +21,206 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from s3transfer.exceptions import RetriesExceededError
 
-from tinsmith_api.journal.objects import MANIFEST, Damaged, Unavailable, check, manifest_of, read_manifest
+from tinsmith_api.journal.objects import (
+    MANIFEST,
+    Damaged,
+    Unavailable,
+    check,
+    manifest_of,
+    read_manifest,
+)
 
-# A part of 16 MiB is sent in well under the read timeout even on a slow line.
-_PART_BYTES = 16 << 20
-_TRANSFER = TransferConfig(
-    multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=4
-)
-_CONFIG = Config(
-    retries={"mode": "standard", "max_attempts": 5},
-    connect_timeout=5,
-    read_timeout=60,
-    max_pool_connections=16,
-    request_checksum_calculation="when_required",
-    response_checksum_validation="when_required",
-    s3={"addressing_style": "path"},
-)
+_PART_BYTES = 8 << 20
 _FILES_AT_ONCE = 4
+_PARTS_AT_ONCE = 4
+_TRANSFER = TransferConfig(
+    multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+)
+# Callers try for minutes. An attempt of theirs ends well before, also at a server that says nothing.
+_TRIES = {"mode": "standard", "total_max_attempts": 4}
+_CONNECT_SECONDS = 5.0
+_READ_SECONDS = 30.0
+
+T = TypeVar("T")
+Name = TypeVar("Name")
 
 
 class S3Store:
-    """Keeps `objects.ObjectStore` under `s3://bucket/prefix`. Credentials: where boto3 looks for them.
+    """Keeps `objects.ObjectStore` under `s3://bucket/prefix`.
 
-    encryption: "", "AES256" or "aws:kms" (with kms_key). Whatever the server or the network has against a
-    request is Unavailable, after retries; so it is at construction if the bucket cannot be reached.
+    Credentials: where boto3 looks for them; they need s3:ListBucket too, else S3 says "forbidden" of what is
+    merely absent. encryption: "", "AES256" or "aws:kms" (kms_key: "" is the account's own). At construction
+    ValueError for settings that cannot be right, Unavailable if the bucket cannot be used.
     """
 
     def __init__(
         self, url: str, *, endpoint: str = "", region: str = "", encryption: str = "", kms_key: str = ""
     ) -> None:
-        parts = urlsplit(url)
-        self._bucket, self._root = parts.netloc, parts.path.strip("/")
-        self._extra: dict[str, str] = {}
-        if encryption:
-            self._extra["ServerSideEncryption"] = encryption
-        if kms_key:
-            self._extra["SSEKMSKeyId"] = kms_key
-        self._client: Any = boto3.client(
-            "s3", endpoint_url=endpoint or None, region_name=region or "us-east-1", config=_CONFIG
-        )
+        self._bucket, self._root = _parts(url)
+        self._encryption = _encryption(encryption, kms_key)
+        self._client = _client(endpoint, region)
         self._threads = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="s3")
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except (ClientError, BotoCoreError) as error:
-            raise Unavailable(
-                f"the bucket {self._bucket!r} cannot be used ({error}): does it exist, and are "
-                "TINSMITH_S3_ENDPOINT and the AWS_* credentials right?"
-            ) from error
+            raise Unavailable(_advice(self._bucket, endpoint, error)) from error
 
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
         manifest = manifest_of(files)
-        try:
-            if self._manifest(prefix) == manifest:
-                return _size(files)  # a save that is executed again after a crash
-            # While files are replaced, nothing may say that they are whole.
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(prefix, MANIFEST))
-            list(self._threads.map(lambda item: self._upload(prefix, *item), files.items()))
-            self._upload(prefix, MANIFEST, manifest)
-        except (ClientError, BotoCoreError, Boto3Error) as error:
-            raise Unavailable(f"{prefix} cannot be written: {error}") from error
-        return _size(files)
+        folder = _folder(manifest)
+        with _translated(f"{prefix} cannot be written"):
+            if (size_bytes := self._size_if_whole(prefix)) is not None:
+                return size_bytes  # this save was executed before, up to its end
+            self._at_once(lambda name: self._upload(self._key(prefix, folder, name), files[name]), files)
+            # While this was written slowly, as by a process that was stopped, its successor may have finished
+            # the same save and said so. Its files stay.
+            if (size_bytes := self._size_if_whole(prefix)) is not None:
+                return size_bytes
+            self._upload(self._key(prefix, MANIFEST), manifest)
+        return sum(len(body) for body in files.values())
 
     def get(self, prefix: str) -> dict[str, bytes]:
-        try:
+        with _translated(f"{prefix} cannot be read"):
             manifest = self._manifest(prefix)
             if manifest is None:
                 raise Damaged(f"{prefix}: {MANIFEST} is missing")
-            checksums = read_manifest(prefix, manifest)
-            bodies = self._threads.map(lambda name: self._download(prefix, name), checksums)
-            files = dict(zip(checksums, bodies, strict=True))
-        except (ClientError, BotoCoreError, Boto3Error) as error:
-            raise Unavailable(f"{prefix} cannot be read: {error}") from error
-        check(prefix, files, checksums)
+            entries, folder = read_manifest(prefix, manifest), _folder(manifest)
+            bodies = self._at_once(lambda name: self._download(prefix, folder, name), entries)
+        files = dict(zip(entries, bodies, strict=True))
+        check(prefix, files, entries)
         return files
 
     def delete(self, prefix: str) -> None:
         """The manifest first: what is half deleted is nothing."""
-        try:
+        with _translated(f"{prefix} cannot be deleted"):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(prefix, MANIFEST))
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._key(prefix, "")
             )
             for page in pages:
-                for entry in page.get("Contents", ()):
-                    self._client.delete_object(Bucket=self._bucket, Key=entry["Key"])
-        except (ClientError, BotoCoreError) as error:
-            raise Unavailable(f"{prefix} cannot be deleted: {error}") from error
+                keys = [entry["Key"] for entry in page.get("Contents", ())]
+                self._at_once(lambda key: self._client.delete_object(Bucket=self._bucket, Key=key), keys)
+
+    def _size_if_whole(self, prefix: str) -> int | None:
+        """By its manifest, which was written last."""
+        manifest = self._manifest(prefix)
+        try:
+            entries = read_manifest(prefix, manifest or b"")
+        except Damaged:
+            return None
+        return sum(entry.size_bytes for entry in entries.values())
 
     def _manifest(self, prefix: str) -> bytes | None:
         """None if there is none."""
         try:
-            return self._download(prefix, MANIFEST)
-        except Damaged:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(prefix, MANIFEST))
+        except self._client.exceptions.NoSuchKey:  # and not NoSuchBucket, after which nothing is known
             return None
+        manifest: bytes = answer["Body"].read()
+        return manifest
 
-    def _upload(self, prefix: str, name: str, body: bytes) -> None:
-        # Small bodies in one request, large ones in parts, several at a time.
+    def _upload(self, key: str, body: bytes) -> None:
         self._client.upload_fileobj(
-            BytesIO(body), self._bucket, self._key(prefix, name), ExtraArgs=self._extra, Config=_TRANSFER
+            BytesIO(body), self._bucket, key, ExtraArgs=self._encryption, Config=_TRANSFER
         )
 
-    def _download(self, prefix: str, name: str) -> bytes:
-        """Damaged if there is no such file."""
+    def _download(self, prefix: str, folder: str, name: str) -> bytes:
+        body = BytesIO()
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(prefix, name))
-            body: bytes = answer["Body"].read()
+            self._client.download_fileobj(
+                self._bucket, self._key(prefix, folder, name), body, Config=_TRANSFER
+            )
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
                 raise Damaged(f"{prefix}: {name} is missing") from None
             raise
-        return body
+        return body.getvalue()
 
-    def _key(self, prefix: str, name: str) -> str:
+    def _at_once(self, do: Callable[[Name], T], names: Iterable[Name]) -> list[T]:
+        """All have ended on return, also where one has failed."""
+        futures = [self._threads.submit(do, name) for name in names]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def _key(self, prefix: str, *names: str) -> str:
         parts = prefix.split("/")
         assert all(part not in ("", ".", "..") for part in parts), prefix
-        return "/".join([*filter(None, [self._root]), *parts, name])
+        return "/".join([*filter(None, [self._root]), *parts, *names])
 
 
 def make_bucket(url: str, *, endpoint: str = "", region: str = "") -> None:
     """For a server of one's own, before its first use; nothing if the bucket is there."""
-    client: Any = boto3.client(
-        "s3", endpoint_url=endpoint or None, region_name=region or "us-east-1", config=_CONFIG
+    client, (bucket, _) = _client(endpoint, region), _parts(url)
+    try:
+        client.create_bucket(Bucket=bucket)
+    except (ClientError, BotoCoreError) as error:
+        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
+        if code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+            raise Unavailable(f"the bucket {bucket!r} cannot be made: {error}") from error
+
+
+def _client(endpoint: str, region: str) -> Any:
+    config = Config(
+        retries=_TRIES,
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_READ_SECONDS,
+        max_pool_connections=_FILES_AT_ONCE * _PARTS_AT_ONCE,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        # Servers of one's own rarely have a host name for every bucket.
+        s3={"addressing_style": "path" if endpoint else "auto"},
     )
     try:
-        client.create_bucket(Bucket=urlsplit(url).netloc)
-    except (ClientError, BotoCoreError) as error:
-        there = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
-        if not isinstance(error, ClientError) or error.response["Error"]["Code"] not in there:
-            raise Unavailable(f"the bucket of {url} cannot be made: {error}") from error
+        # A session of its own: boto3's default one keeps the credentials it saw first, and is made unguarded.
+        session = boto3.session.Session(region_name=region or None)
+        return session.client("s3", endpoint_url=endpoint or None, config=config)
+    except ValueError:
+        raise ValueError(
+            f"TINSMITH_S3_ENDPOINT must be an address such as http://host:9000, which {endpoint!r} is not"
+        ) from None
 
 
-def _size(files: dict[str, bytes]) -> int:
-    return sum(len(body) for body in files.values())
+def _parts(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise ValueError(f"TINSMITH_OBJECTS must be s3://BUCKET or s3://BUCKET/PREFIX, which {url!r} is not")
+    return parts.netloc, parts.path.strip("/")
+
+
+def _encryption(encryption: str, kms_key: str) -> dict[str, str]:
+    if encryption not in ("", "AES256", "aws:kms"):
+        raise ValueError(f"TINSMITH_S3_ENCRYPTION must be AES256, aws:kms or empty, not {encryption!r}")
+    if kms_key and encryption != "aws:kms":
+        raise ValueError("TINSMITH_S3_KMS_KEY counts with TINSMITH_S3_ENCRYPTION=aws:kms only: set both")
+    given = {"ServerSideEncryption": encryption, "SSEKMSKeyId": kms_key}
+    return {name: value for name, value in given.items() if value}
+
+
+def _advice(bucket: str, endpoint: str, error: Exception) -> str:
+    server = endpoint or "AWS"
+    status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 0
+    if status == 404:
+        return (
+            f"{server} has no bucket {bucket!r}: create it, or name another in TINSMITH_OBJECTS "
+            "(s3://BUCKET/PREFIX)"
+        )
+    if status in (400, 401, 403):
+        return (
+            f"{server} refuses the bucket {bucket!r} to these credentials (status {status}): check "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and TINSMITH_S3_REGION, and that they may list it"
+        )
+    return f"the bucket {bucket!r} cannot be reached ({error}): check TINSMITH_S3_ENDPOINT and AWS_*"
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ClientError, BotoCoreError, Boto3Error, RetriesExceededError) as error:
+        raise Unavailable(f"{what}: {error}") from error
+
+
+def _folder(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()[:16]

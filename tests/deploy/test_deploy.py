@@ -86,11 +86,12 @@ def helm() -> Any:
 # -- compose -------------------------------------------------------------------------------------------
 
 
-def filled(*, but: str = "") -> str:
+def filled(*, but: str = "", profiles: str = "cpu") -> str:
     """deploy/example.env with everything that it leaves to its reader, except `but`."""
     given = (DEPLOY / "example.env").read_text().replace("PRIVATE_ADDRESS=", "PRIVATE_ADDRESS=10.0.0.1")
     empty = re.compile(r"^(\w+(?:PASSWORD|SECRET))=$", re.M)
-    return empty.sub(lambda m: m[0] if m[1] == but else f"{m[1]}=x1", given)
+    given = empty.sub(lambda m: m[0] if m[1] == but else f"{m[1]}=x1", given)
+    return given.replace("COMPOSE_PROFILES=cpu", f"COMPOSE_PROFILES={profiles}")
 
 
 def run_compose(
@@ -108,9 +109,7 @@ def run_compose(
 
 def compose(tmp_path: Path, *files: str) -> dict[str, Any]:
     """The files as compose itself reads them, with everything filled in."""
-    done = run_compose(
-        tmp_path, filled(), files or FILES[:1], "--profile", "gpu", "--profile", "monitoring", "-p", "demo"
-    )
+    done = run_compose(tmp_path, filled(profiles="cpu,gpu,monitoring"), files or FILES[:1], "-p", "demo")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)["services"]
     return found
@@ -124,6 +123,16 @@ def test_one_machine_has_all_processes_and_publishes_nothing_to_other_machines(t
     published = {name: s["ports"] for name, s in services.items() if "ports" in s}
     assert published.keys() == {"grafana", "proxy"}
     assert {port["host_ip"] for ports in published.values() for port in ports} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("profiles, worker", [("cpu", "worker"), ("gpu,monitoring", "worker-gpu")])
+def test_either_worker_is_started_and_its_image_built_and_not_the_other(
+    profiles: str, worker: str, tmp_path: Path
+) -> None:
+    done = run_compose(tmp_path, filled(profiles=profiles), FILES[:1])
+    services = json.loads(done.stdout)["services"]
+    assert [name for name in services if name.startswith("worker")] == [worker]
+    assert ("grafana" in services) == ("monitoring" in profiles)
 
 
 def test_every_service_comes_back_and_is_watched(tmp_path: Path) -> None:

@@ -140,6 +140,27 @@ def memory_mib(fleet: RunningFleet) -> dict[str, float]:
     return found
 
 
+def cpu_seconds(fleet: RunningFleet) -> dict[str, float]:
+    """Of the fleet's processes, and of the clients together."""
+    ours = {name: process.pid for name, process in fleet.processes.items()}
+    ours |= {"redis": fleet.redis.process.pid}
+    found = {name: _ticks(pid) for name, pid in ours.items()}
+    found["postgresql"] = sum(
+        map(_ticks, [fleet.postgres.process.pid, *_children(fleet.postgres.process.pid)])
+    )
+    found["clients"] = sum(_ticks(p.pid) for p in multiprocessing.active_children() if p.pid)
+    return {name: ticks / os.sysconf("SC_CLK_TCK") for name, ticks in found.items()}
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def make_keys(fleet: RunningFleet, count: int) -> list[str]:
     from tinsmith_api.journal import identities
     from tinsmith_api.journal.store import Store
@@ -181,9 +202,10 @@ def measure(fleet: RunningFleet, seconds: float, rate: float) -> dict[str, Any]:
     started = time.monotonic()
     go.set()
     time.sleep(seconds / 5)
-    before = memory_mib(fleet)
+    before, cpu_before, measured_from = memory_mib(fleet), cpu_seconds(fleet), time.monotonic()
     time.sleep(max(0.0, started + seconds - time.monotonic()))
-    after = memory_mib(fleet)
+    after, cpu_after = memory_mib(fleet), cpu_seconds(fleet)
+    span = time.monotonic() - measured_from
     ended.set()
     answered = held.get(timeout=120)
     found = [value for _ in range(PROCESSES) for value in calls.get(timeout=120)]
@@ -204,6 +226,7 @@ def measure(fleet: RunningFleet, seconds: float, rate: float) -> dict[str, Any]:
         "first_errors": errors[:5],
         "open_futures_answered": answered,
         "memory_mib": {name: [round(before[name], 1), round(after[name], 1)] for name in before},
+        "cores_used": {name: round((cpu_after[name] - cpu_before[name]) / span, 3) for name in cpu_before},
         "growth_percent": max((after[n] / before[n] - 1) * 100 for n in before),
     }
 
@@ -231,6 +254,7 @@ def main() -> None:
     print(f"p50, p99, max   {found['p50_ms']:.1f}, {found['p99_ms']:.1f}, {found['max_ms']:.1f} ms")
     for name, (before, after) in found["memory_mib"].items():
         print(f"memory of {name:<10}{before:>8.1f} MiB after a fifth of the time, {after:.1f} at the end")
+    print("cores used: " + ", ".join(f"{name} {cores:.2f}" for name, cores in found["cores_used"].items()))
     for error in found["first_errors"]:
         print(f"error: {error}")
     if given.json:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,11 +95,11 @@ class Postgres(Server):
 
             nobody = pwd.getpwnam("nobody")
             self._as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-            for parent in folder.parents:
-                if parent.stat().st_mode & 0o001 == 0:
-                    parent.chmod(parent.stat().st_mode | 0o001)
-        data = folder / "data"
+        # Not in `folder`: whoever the server runs as may not be let into the folders of tests.
+        self.home = Path(tempfile.mkdtemp(prefix="tinsmith-postgres-"))
+        if self._as_user:
+            os.chown(self.home, self._as_user["user"], self._as_user["group"])
+        data = self.home / "data"
         initdb = [
             str(self.binaries / "initdb"),
             "-D",
@@ -111,17 +112,19 @@ class Postgres(Server):
             "UTF8",
         ]
         done = subprocess.run(
-            [*initdb, "--locale=C"], capture_output=True, text=True, cwd=folder, **self._as_user
+            [*initdb, "--locale=C"], capture_output=True, text=True, cwd=self.home, **self._as_user
         )
         assert done.returncode == 0, done.stderr
         port = free_port()
-        command = [str(self.binaries / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder)]
+        command = [str(self.binaries / "postgres"), "-D", str(data), "-p", str(port), "-k", str(self.home)]
         super().__init__(
-            folder, [*command, "-c", "listen_addresses=127.0.0.1"], port, cwd=folder, **self._as_user
+            folder, [*command, "-c", "listen_addresses=127.0.0.1"], port, cwd=self.home, **self._as_user
         )
 
     def stop(self, number: int = signal.SIGINT) -> None:  # "fast": do not wait for clients
         super().stop(number)
+        if number != signal.SIGKILL:
+            shutil.rmtree(self.home, ignore_errors=True)
 
     @property
     def url(self) -> str:

@@ -21,16 +21,16 @@ _JOB = "tinsmith.job"
 
 
 class Fleet:
-    """Workers that live elsewhere. `on_done` and `on_connect` are called on the event loop."""
+    """Workers that live elsewhere. `on_done` and `on_missed` are called on the event loop."""
 
     ready = True  # what there is of workers is the pools' matter, not this process's
 
     def __init__(
-        self, redis_url: str, *, on_done: Callable[[str], None], on_connect: Callable[[], None]
+        self, redis_url: str, *, on_done: Callable[[str], None], on_missed: Callable[[], None]
     ) -> None:
         self._redis_url = redis_url
         self._on_done = on_done
-        self._on_connect = on_connect
+        self._on_missed = on_missed
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -43,7 +43,7 @@ class Fleet:
         self._listener = Listener(
             self._redis_url,
             on_done=lambda ids: loop.call_soon_threadsafe(wake, ids),
-            on_connect=functools.partial(loop.call_soon_threadsafe, self._on_connect),
+            on_missed=functools.partial(loop.call_soon_threadsafe, self._on_missed),
         )
         self._listener.start()
 

@@ -150,7 +150,7 @@ class Service:
         from tinsmith_api.fleet import Fleet
 
         redis = self.settings.redis.get_secret_value()
-        return Fleet(redis, on_done=self.wakeups.wake, on_connect=self._worker_is_ready)
+        return Fleet(redis, on_done=self.wakeups.wake, on_missed=self._worker_is_ready)
 
     async def start(self) -> None:
         await self.doorbell.start()
@@ -235,13 +235,14 @@ class Service:
                 f"{usage.queued} calls of yours wait to be executed, the limit is {limit}: "
                 "wait for some of their results before sending more"
             )
-        usage.queued += 1
         limit = usage.max_runs or self.settings.max_runs
         if operation.kind == ops.CREATE_MODEL and usage.runs >= limit:
             raise InvalidInput(
                 f"{usage.runs} runs of yours are open, the limit is {limit}: finish the sessions that "
                 "you no longer need"
             )
+        usage.queued += 1
+        usage.runs += operation.kind == ops.CREATE_MODEL
 
     async def pools(self) -> dict[str, Pool]:
         found = self._pools.get("")

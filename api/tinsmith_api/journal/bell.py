@@ -54,7 +54,7 @@ def make_celery(redis_url: str, queue: Queue | None = None) -> Celery:
         worker_enable_remote_control=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_cancel_long_running_tasks_on_missedion_loss=False,
         # A task is a word to be passed on or a job of minutes; either may run twice.
         broker_transport_options={
             "visibility_timeout": 3600,
@@ -139,17 +139,17 @@ class Announcer(_Sender):
 
 
 class Listener:
-    """Hears of results, on a thread of its own. `on_connect` is called after every (re)connection: what
-    was announced before it was not heard."""
+    """Hears of results, on a thread of its own. `on_missed` is called when some may not have been heard of:
+    after every (re)connection, and now and then while there is none."""
 
     def __init__(
-        self, redis_url: str, *, on_done: Callable[[Sequence[str]], object], on_connect: Callable[[], object]
+        self, redis_url: str, *, on_done: Callable[[Sequence[str]], object], on_missed: Callable[[], object]
     ) -> None:
         self._redis = redis.Redis.from_url(
             redis_url, socket_timeout=5, socket_connect_timeout=5, socket_keepalive=True
         )
         self._on_done = on_done
-        self._on_connect = on_connect
+        self._on_missed = on_missed
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="listen", daemon=True)
 
@@ -171,6 +171,7 @@ class Listener:
                     log.warning("Redis sends no messages (%s); connecting again", error)
                 is_known_down = True
                 time.sleep(_PAUSE_SECONDS)
+                self._on_missed()  # nothing is announced: until it is again, whoever waits looks for itself
 
     def _listen(self) -> None:
         with self._redis.pubsub() as subscription:
@@ -179,7 +180,7 @@ class Listener:
             while not self._closing:
                 message = subscription.get_message(timeout=2.0)
                 if message is not None and message["type"] == "subscribe":
-                    self._on_connect()
+                    self._on_missed()
                 elif message is not None and message["type"] == "message":
                     self._on_done(message["data"].decode().split())
                 # A connection that is cut in the middle looks like silence.

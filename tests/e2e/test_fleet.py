@@ -1,0 +1,176 @@
+"""What only a fleet can do: workers that come and go, processes and servers that are lost beside them."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import RunningFleet
+from tests.e2e.wire import Wire, datum
+from tests.servers import wait_until
+
+MODEL = "tinsmith/tiny"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
+    """Two workers and two API processes, with the settings an operator gets without asking."""
+    running = RunningFleet(tmp_path_factory.mktemp("fleet"), workers=2, apis=2, deterministic="true")
+    yield running
+    assert running.stop() == 0, running.log_text()
+
+
+def _worker_of(fleet: RunningFleet, run: str) -> str:
+    ((worker_id,),) = fleet.sql("select worker_id from runs where id = ?", run)
+    return str(worker_id)
+
+
+def _process_of(fleet: RunningFleet, worker_id: str) -> str:
+    """The name of the process that is this worker: it says its id when others give it up, and beats under it."""
+    order = [
+        row[0] for row in fleet.sql("select id from workers where stopped_at is null order by started_at")
+    ]
+    names = [name for name in fleet.commands if name.startswith("worker")]
+    if order == [worker_id]:
+        return next(name for name in names if fleet.processes[name].poll() is None)
+    for name in names:  # stop one for a moment, and see whose heartbeat stays behind
+        pid = fleet.processes[name].pid
+        os.kill(pid, signal.SIGSTOP)
+        before = fleet.sql("select heartbeat_at from workers where id = ?", worker_id)
+        time.sleep(2.5)
+        silent = fleet.sql("select heartbeat_at from workers where id = ?", worker_id) == before
+        os.kill(pid, signal.SIGCONT)
+        if silent:
+            return name
+    raise AssertionError(f"no process is {worker_id}")
+
+
+@pytest.mark.slow
+def test_a_dead_worker_s_run_goes_on_elsewhere_within_fifteen_seconds(fleet: RunningFleet) -> None:
+    wire, other = (Wire(url, fleet.key) for url in fleet.urls)
+    run = wire.run(MODEL)
+    wire.output(wire.submit(run, 1, datum([1, 2, 3, 4])))
+    holder = _process_of(fleet, _worker_of(fleet, run))
+    before = _worker_of(fleet, run)
+    fleet.paused.add(holder)  # its machine is gone
+    fleet.processes[holder].kill()
+    started = time.monotonic()
+    # Submitted through one API process, fetched through another.
+    assert other.result(wire.optim(run, 2))["metrics"]["step"] == 1
+    assert time.monotonic() - started < 15.0
+    assert _worker_of(fleet, run) != before
+    fleet.paused.remove(holder)
+    wait_until(lambda: len(fleet.ready_workers()) == 2, 60, "the worker's return")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_drained_hands_over_leaves_with_0_and_nobody_notices(fleet: RunningFleet) -> None:
+    wire = Wire(fleet.url, fleet.key)
+    run = wire.run(MODEL)
+    for step in range(3):
+        wire.submit(run, 2 * step + 1, datum([1, 2, 3, 4, 5]))
+        wire.result(wire.optim(run, 2 * step + 2))
+    leaving = _worker_of(fleet, run)
+    name = _process_of(fleet, leaving)
+    process = fleet.processes[name]
+    assert leaving in fleet.admin("workers", "list")
+    fleet.admin("workers", "drain", leaving)
+    assert wire.result(wire.optim(run, 7))["metrics"]["step"] == 4
+    assert process.wait(timeout=30) == 0
+    ((covered,),) = fleet.sql("select snapshot_seq from runs where id = ?", run)
+    assert covered in (6, 7), "its last call is not in the snapshot"
+    assert wire.result(wire.optim(run, 8))["metrics"]["step"] == 5
+    assert _worker_of(fleet, run) != leaving
+    wait_until(lambda: len(fleet.ready_workers()) == 2, 60, "another in its place")
+
+
+@pytest.mark.slow
+def test_without_workers_clients_are_told_so_and_nothing_is_lost(fleet: RunningFleet) -> None:
+    wire = Wire(fleet.url, fleet.key)
+    run = wire.run(MODEL)
+    workers = [name for name in fleet.commands if name.startswith("worker")]
+    fleet.paused.update(workers)
+    for name in workers:
+        fleet.processes[name].terminate()
+    for name in workers:
+        assert fleet.processes[name].wait(timeout=60) == 0
+    future = wire.submit(run, 1, datum([1, 2, 3, 4]))
+    answer = wire.http.post("/retrieve_future", json=future)
+    assert answer.status_code == 408
+    assert answer.json()["queue_state"] == "paused_capacity"
+    assert MODEL in answer.json()["queue_state_reason"]
+    assert wire.get("/get_server_capabilities")["supported_models"][0]["model_name"] == MODEL
+    fleet.paused.clear()
+    assert wire.output(future).metrics["loss:sum"] > 0
+
+
+@pytest.mark.slow
+def test_a_lost_redis_costs_a_moment_and_no_call(fleet: RunningFleet) -> None:
+    wire = Wire(fleet.url, fleet.key)
+    run = wire.run(MODEL)
+    fleet.redis.kill()
+    futures = [wire.submit(run, 1, datum([1, 2, 3, 4])), wire.optim(run, 2)]
+    assert wire.status == 200, "submissions need no Redis"
+    started = time.monotonic()
+    assert wire.result(futures[1])["metrics"]["step"] == 1, "nor does their execution"
+    fleet.redis.start()
+    assert time.monotonic() - started < 30
+    wire.submit(run, 3, datum([1, 2, 3, 4]))
+    assert wire.result(wire.optim(run, 4))["metrics"]["step"] == 2
+
+
+@pytest.mark.slow
+def test_background_jobs_are_done_by_celery_when_beat_says_so(fleet: RunningFleet) -> None:
+    wire = Wire(fleet.url, fleet.key)
+    run = wire.run(MODEL)
+    path = wire.result(wire.post("/save_weights", model_id=run, seq_id=1, path="soon", ttl_seconds=3600))[
+        "path"
+    ]
+    fleet.sql("update checkpoints set expires_at = 1 where path = ?", path)
+    wait_until(lambda: not fleet.sql("select 1 from checkpoints where path = ?", path), 90, "expiry")
+
+
+def test_limits_of_a_tenant_are_answered_with_what_to_do(fleet: RunningFleet) -> None:
+    wire = Wire(fleet.url, fleet.new_key("limited"))
+    fleet.admin("tenants", "set", "limited", "--max-runs", "1", "--max-queued", "3", "--weight", "2")
+    assert "limited  weight 2  max-runs 1  max-queued 3" in fleet.admin("tenants", "list")
+    run = wire.run(MODEL)
+    time.sleep(1.1)  # what a tenant has is looked up once a second
+    session = wire.session()
+    more = wire.post(
+        "/create_model", session_id=session, model_seq_id=0, base_model=MODEL, lora_config={"rank": 4}
+    )
+    assert (wire.status, "the limit is 1" in more["detail"]) == (400, True)
+    for seq_id in (3, 4, 5):  # they wait for number 2, which does not come
+        assert wire.optim(run, seq_id)["request_id"]
+    time.sleep(1.1)
+    refused = wire.optim(run, 6)
+    assert (wire.status, "the limit is 3" in refused["detail"]) == (429, True)
+
+
+def test_every_process_has_metrics(tmp_path: Path, fleet: RunningFleet) -> None:
+    from tests.servers import free_port
+
+    port = free_port()
+    fleet.commands["measured"] = ["jobs"]
+    told = fleet.environment
+    fleet.environment = lambda name: {  # type: ignore[method-assign]
+        **told(name),
+        **({"TINSMITH_METRICS_PORT": str(port)} if name == "measured" else {}),
+    }
+    fleet.start_one("measured")
+
+    def counted() -> bool:
+        try:
+            return (
+                f'tinsmith_workers{{base_model="{MODEL}",state="ready"}} 2.0'
+                in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+            )
+        except httpx.TransportError:
+            return False
+
+    wait_until(counted, 60, "counting the workers")

@@ -239,7 +239,9 @@ def main() -> None:
     given = parser.parse_args()
     os.environ["TINKER_TELEMETRY"] = "0"
     with tempfile.TemporaryDirectory() as folder:
-        fleet = RunningFleet(Path(folder), model=MODEL, workers=1, engine="null", gap_seconds=86400)
+        # Snapshots go to a directory: a test server of S3 written in Python would be what is measured.
+        settings = {"engine": "null", "gap_seconds": 86400, "objects": f"{folder}/objects"}
+        fleet = RunningFleet(Path(folder), model=MODEL, workers=1, **settings)
         try:
             found = measure(fleet, given.seconds, given.rate)
         finally:

@@ -54,7 +54,7 @@ def make_celery(redis_url: str, queue: Queue | None = None) -> Celery:
         worker_enable_remote_control=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        worker_cancel_long_running_tasks_on_missedion_loss=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
         # A task is a word to be passed on or a job of minutes; either may run twice.
         broker_transport_options={
             "visibility_timeout": 3600,

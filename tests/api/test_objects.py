@@ -1,6 +1,7 @@
 """The object store: a directory, a lenient S3 and a strict one keep the same promises, on good days and bad ones."""
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -65,10 +66,7 @@ class Bucket:
     def __init__(self, endpoint: str) -> None:
         self.endpoint, self._root = endpoint, f"root-{next(_numbers)}"
         self.url = f"s3://bucket/{self._root}"
-        s3.make_bucket(self.url, endpoint=endpoint)
-        self.client: Any = boto3.session.Session().client(
-            "s3", endpoint_url=endpoint, config=Config(request_checksum_calculation="when_required")
-        )
+        self.client = _with_bucket(endpoint)
 
     def names(self) -> list[str]:
         listed = self.client.list_objects_v2(Bucket="bucket", Prefix=f"{self._root}/")
@@ -83,6 +81,14 @@ class Bucket:
     def key(self, name: str) -> str:
         [found] = [key for key in self.names() if key.endswith(f"/{name}")]
         return f"{self._root}/{found}"
+
+
+@functools.cache  # a client takes half a second to make
+def _with_bucket(endpoint: str) -> Any:
+    s3.make_bucket("s3://bucket", endpoint=endpoint)
+    s3.make_bucket("s3://bucket", endpoint=endpoint)  # done once, it is done
+    config = Config(request_checksum_calculation="when_required")
+    return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +393,7 @@ def test_a_put_that_wakes_up_late_never_mixes_with_its_successor_s(
 def test_a_bucket_that_vanishes_is_no_proof_that_its_objects_are_gone(server: Moto | Swift) -> None:
     s3.make_bucket("s3://vanishing", endpoint=server.url)
     store = open_store("s3://vanishing", endpoint=server.url)
-    boto3.session.Session().client("s3", endpoint_url=server.url).delete_bucket(Bucket="vanishing")
+    _with_bucket(server.url).delete_bucket(Bucket="vanishing")
     with pytest.raises(Unavailable, match="NoSuchBucket"):
         store.get("a/b")
 

@@ -10,7 +10,7 @@ trailers.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, TypeVar
@@ -61,7 +61,6 @@ class S3Store:
         self._bucket, self._root = _parts(url)
         self._encryption = _encryption(encryption, kms_key)
         self._client = _client(endpoint, region)
-        self._threads = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="s3")
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except (ClientError, BotoCoreError) as error:
@@ -139,10 +138,10 @@ class S3Store:
         return body.getvalue()
 
     def _at_once(self, do: Callable[[Name], T], names: Iterable[Name]) -> list[T]:
-        """All have ended on return, also where one has failed."""
-        futures = [self._threads.submit(do, name) for name in names]
-        wait(futures)
-        return [future.result() for future in futures]
+        """All have ended on return, also where one has failed. Threads of its own: who reads a large adapter
+        holds up nobody who writes a small one."""
+        with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="s3") as threads:
+            return list(threads.map(do, names))
 
     def _key(self, prefix: str, *names: str) -> str:
         parts = prefix.split("/")
@@ -166,7 +165,7 @@ def _client(endpoint: str, region: str) -> Any:
         retries=_TRIES,
         connect_timeout=_CONNECT_SECONDS,
         read_timeout=_READ_SECONDS,
-        max_pool_connections=_FILES_AT_ONCE * _PARTS_AT_ONCE,
+        max_pool_connections=4 * _FILES_AT_ONCE * _PARTS_AT_ONCE,  # saves and reads go on side by side
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         # Servers of one's own rarely have a host name for every bucket.

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,12 +40,14 @@ class _Echo(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def living() -> Iterator[int]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Echo)
+def living(port: int = 0) -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), _Echo)
     threading.Thread(target=server.serve_forever).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextmanager
@@ -63,10 +67,12 @@ def dying() -> Iterator[tuple[int, list[bytes]]]:
 
     thread = threading.Thread(target=accept)
     thread.start()
-    yield listener.getsockname()[1], begun
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join()
+    try:
+        yield listener.getsockname()[1], begun
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
 
 
 @contextmanager
@@ -110,18 +116,10 @@ def test_a_call_that_breaks_off_is_told_at_once_and_not_sent_on_without_its_body
     assert len(begun) == answers.count(502), "each broken call was tried once; the client repeats it"
 
 
-def test_everything_waits_a_while_for_a_process_to_come_back(tmp_path: Path) -> None:
+def test_a_call_waits_a_while_for_a_process_to_come_back(tmp_path: Path) -> None:
     port = free_port()
-    with proxy(tmp_path, [port]) as call:
-        server: list[http.server.ThreadingHTTPServer] = []
-
-        def start() -> None:
-            server.append(http.server.ThreadingHTTPServer(("127.0.0.1", port), _Echo))
-            server[0].serve_forever()
-
-        timer = threading.Timer(1.0, start)
-        timer.start()
-        assert call(1) == [200]
-        server[0].shutdown()
-        server[0].server_close()
-        timer.join()
+    with proxy(tmp_path, [port]) as call, ThreadPoolExecutor(1) as client:
+        answer = client.submit(call, 1)
+        time.sleep(1)
+        with living(port):
+            assert answer.result() == [200]

@@ -78,7 +78,11 @@ class House:
 
     def collect_garbage(self) -> None:
         for prefix in self.journal.read_apart(checkpoints.due_garbage).result():
-            self.objects.delete(prefix)
+            try:
+                self.objects.delete(prefix)
+            except OSError as error:
+                log.warning("%s stays for now: %s", prefix, error)
+                continue
             self.journal.write(functools.partial(checkpoints.forget_garbage, object_prefix=prefix)).result()
 
     def prune_journal(self) -> None:

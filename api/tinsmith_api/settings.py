@@ -1,6 +1,7 @@
 """What an operator can set: by command line, by environment (TINSMITH_<NAME>), or in a TOML file."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -103,13 +104,17 @@ def read_settings(file: Path | None = None, **given: object) -> Settings:
 
 
 def open_objects(settings: Settings) -> ObjectStore:
-    return open_store(
-        settings.objects_url,
-        endpoint=settings.s3_endpoint,
-        region=settings.s3_region,
-        encryption=settings.s3_encryption,
-        kms_key=settings.s3_kms_key,
-    )
+    """Exits with a sentence if they cannot be reached."""
+    try:
+        return open_store(
+            settings.objects_url,
+            endpoint=settings.s3_endpoint,
+            region=settings.s3_region,
+            encryption=settings.s3_encryption,
+            kms_key=settings.s3_kms_key,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"tinsmith: {error}")
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 from tinsmith_api.journal import metrics
-from tinsmith_api.journal.objects import open_store
+from tinsmith_api.journal.objects import ObjectStore, open_store
 from tinsmith_api.journal.store import Store
 from tinsmith_worker.channel import Channel, Line
 from tinsmith_worker.contract import Engine, Sampler
@@ -39,6 +39,7 @@ def main() -> None:
     worker_id = given.worker_id or f"w-{uuid.uuid4().hex[:12]}"
     # A worker has nothing better to do than to wait for the database: its results must not be lost.
     journal = Store(os.environ["TINSMITH_DATABASE"], patience_seconds=math.inf)
+    objects = _open_objects()
     channel = _open_channel(given, journal, worker_id)
     try:
         engine, sampler = _open_engine(given)
@@ -48,13 +49,7 @@ def main() -> None:
         worker_id=worker_id,
         base_model=given.base_model,
         journal=journal,
-        objects=open_store(
-            os.environ["TINSMITH_OBJECTS"],
-            endpoint=os.environ.get("TINSMITH_S3_ENDPOINT", ""),
-            region=os.environ.get("TINSMITH_S3_REGION", ""),
-            encryption=os.environ.get("TINSMITH_S3_ENCRYPTION", ""),
-            kms_key=os.environ.get("TINSMITH_S3_KMS_KEY", ""),
-        ),
+        objects=objects,
         engine=engine,
         sampler=sampler,
         channel=channel,
@@ -102,6 +97,17 @@ def _leave(*_: object) -> None:
     """Asked to stop while the base is still loading: there is nothing to hand over."""
     log.info("stopped before the base model was loaded")
     os._exit(0)
+
+
+def _open_objects() -> ObjectStore:
+    said = {
+        name: os.environ.get(f"TINSMITH_S3_{name.upper()}", "")
+        for name in ("endpoint", "region", "encryption", "kms_key")
+    }
+    try:
+        return open_store(os.environ["TINSMITH_OBJECTS"], **said)
+    except (OSError, ValueError) as error:
+        sys.exit(f"tinsmith: {error}")
 
 
 def _open_channel(given: argparse.Namespace, journal: Store, worker_id: str) -> Line:

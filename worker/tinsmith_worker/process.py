@@ -400,9 +400,7 @@ class Worker:
         self.archive.flush()
         self.outbox.flush()
         for run_id in {prepared.operation.subject for prepared in work}:
-            self.schedule.close_run(run_id)
-            self.held.pop(run_id)
-            self.intake.forget(run_id)
+            self._drop(run_id)
             self.intake.adopt(run_id)
 
     def _give_up_run(self, run_id: str, why: object) -> None:

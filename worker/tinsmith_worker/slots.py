@@ -79,9 +79,9 @@ class Slots:
         for run_id in [r for r in self._on_device if r not in keep]:
             if total + size <= self.slot_bytes:
                 return
-            total -= self._on_device.pop(run_id)
-            state = self._engine.state(run_id)
+            state = self._engine.state(run_id)  # if there is no memory for it, it stays where it is
             self._engine.drop(run_id)
+            total -= self._on_device.pop(run_id)
             self._in_host[run_id] = state
             self._host_total += _bytes(state)
             metrics.PAGE_OUTS.labels("host").inc()

@@ -1,7 +1,11 @@
 """The journal on a real SQLite file and a real PostgreSQL: group commit, idempotent submission, leases, snapshots, names."""
 
 import asyncio
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -100,6 +104,45 @@ def test_two_processes_worth_of_writers_do_not_lose_or_block_each_other(store: S
         list(pool.map(add, range(200)))
     second.close()
     assert store.read(lambda c: len(c.execute(sa.select(tenants.c.id)).all())).result() == 200
+
+
+_STANDS_STILL = """
+import signal, sys
+import sqlalchemy as sa
+from tinsmith_api.journal.store import Store
+store = Store(sys.argv[1])
+
+def touch(connection):
+    connection.execute(sa.text("update tenants set name = 'stopped' where id = 'default'"))
+    if not stopped:
+        stopped.append(True)
+        signal.raise_signal(signal.SIGSTOP)  # this thread, at once: before it commits
+
+stopped = []
+store.write(touch).result()
+store.close()
+"""
+
+
+def test_a_process_that_stands_still_in_a_transaction_blocks_nobody_and_writes_when_it_wakes(
+    store: Store,
+) -> None:
+    if store.url.get_backend_name() == "sqlite":
+        pytest.skip("one file has one writer: embedded, a process that stands still is killed with it")
+    url = store.url.render_as_string(hide_password=False)
+    row = sa.text("insert into tenants (id, name, created_at) values ('default', '', 0)")
+    store.write(lambda c: c.execute(row)).result()
+    process = subprocess.Popen([sys.executable, "-c", _STANDS_STILL, url])
+    try:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        change = sa.text("update tenants set name = 'moved on' where id = 'default'")
+        store.write(lambda c: c.execute(change)).result(timeout=10)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+    (name,) = store.read(lambda c: c.execute(sa.text("select name from tenants")).one()).result()
+    assert name == "stopped"
 
 
 def test_who_stops_waiting_for_a_write_stops_nobody_else(store: Store) -> None:

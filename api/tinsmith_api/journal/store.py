@@ -55,6 +55,9 @@ class Store:
             for engine in (self._writes, self._reads):
                 sa.event.listen(engine, "connect", _prepare_sqlite)
             sa.event.listen(self._writes, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+        else:
+            for engine in (self._writes, self._reads):
+                sa.event.listen(engine, "connect", _prepare_postgresql)
         with self._turn():
             self._repeat_while_gone(self._migrate)
         self._jobs: queue.SimpleQueue[tuple[Statement[Any], Future[Any]] | None] = queue.SimpleQueue()
@@ -192,6 +195,8 @@ _TO_POSTGRESQL = {
     "tcp_user_timeout": 10_000,
     "application_name": "tinsmith",
 }
+# Between two statements of a transaction there is nothing but a function's own lines. Less than a lease.
+_IDLE_IN_TRANSACTION_SECONDS = 3
 # Deadlock and serialization failures: nothing was done, and the next attempt finds another order.
 _TRY_AGAIN = {"40001", "40P01"}
 
@@ -202,9 +207,22 @@ def _is_gone(error: sa.exc.DBAPIError) -> bool:
         return True
     code = getattr(error.orig, "sqlstate", None)
     if code is not None:
-        # 57P01..03: shut down, crashed, starting up; 53300: too many connections just now.
-        return code in _TRY_AGAIN or code[:2] == "08" or code in {"57P01", "57P02", "57P03", "53300"}
+        # 57P01..03: shut down, crashed, starting up; 25P03: this process stood still in a transaction;
+        # 53300: too many connections just now.
+        return code in _TRY_AGAIN or code[:2] == "08" or code in {"57P01", "57P02", "57P03", "25P03", "53300"}
     return isinstance(error, sa.exc.OperationalError) and type(error.orig).__module__.startswith("psycopg")
+
+
+def _prepare_postgresql(connection: Any, _: object) -> None:
+    """Let the server notice in seconds that this process is gone. One that is cut off or stopped in the middle
+    of a transaction keeps its locks: nobody could give up a worker that was touching its own row."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"SET idle_in_transaction_session_timeout = '{_IDLE_IN_TRANSACTION_SECONDS}s';"
+            "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3;"
+            "SET tcp_user_timeout = '10s'"
+        )
+    connection.commit()
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:

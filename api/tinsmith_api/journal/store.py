@@ -214,8 +214,8 @@ def _is_gone(error: sa.exc.DBAPIError) -> bool:
 
 
 def _prepare_postgresql(connection: Any, _: object) -> None:
-    """Let the server notice in seconds that this process is gone. One that is cut off or stopped in the middle
-    of a transaction keeps its locks: nobody could give up a worker that was touching its own row."""
+    """Let the server notice in seconds that this process is gone. One that is cut off or stopped in the
+    middle of a transaction keeps its locks: nobody could give up a worker that was touching its own row."""
     with connection.cursor() as cursor:
         cursor.execute(
             f"SET idle_in_transaction_session_timeout = '{_IDLE_IN_TRANSACTION_SECONDS}s';"

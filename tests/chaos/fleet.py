@@ -194,7 +194,7 @@ class Breakable(RunningFleet):
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, mib: int = 32) -> Iterator[Path]:
+def small_disk(folder: Path, mib: int) -> Iterator[Path]:
     """A file system of its own at `folder`; only root can make one."""
     folder.mkdir(parents=True)
     subprocess.run(

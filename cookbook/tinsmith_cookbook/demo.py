@@ -5,17 +5,9 @@ and leaves the metrics and the loss curve in ./demo.
 """
 
 import json
-import os
-import secrets
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +16,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import tinsmith
+from tinsmith_cookbook.service import embedded
 
 MODEL = "tinsmith/tiny"
 FOLDER = Path("demo")
@@ -50,7 +43,7 @@ SHOWN = (0, 5, 26, 30)
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     print(f"Starting a service (its log: {FOLDER / 'service.log'}) …")
-    with service() as (url, key):
+    with embedded(FOLDER) as (url, key):
         with tinsmith.ServiceClient(base_url=url, api_key=key, give_up_seconds=30) as client:
             train(client)
     print(f"\nThe curve is in {FOLDER / 'loss.png'}, every step's numbers in {FOLDER / 'metrics.jsonl'}.")
@@ -148,39 +141,6 @@ def draw(history: list[dict[str, float]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(FOLDER / "loss.png", dpi=150)
     plt.close(figure)
-
-
-@contextmanager
-def service() -> Iterator[tuple[str, str]]:
-    """A service of our own on a free port; stopped however this ends. Its address and key."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, key = f"http://127.0.0.1:{port}", f"tml-{secrets.token_hex(16)}"
-    command = [shutil.which("tinsmith", path=Path(sys.executable).parent) or "tinsmith", "serve"]
-    command += ["--port", str(port), "--data-dir", str(FOLDER / "data")]
-    with (FOLDER / "service.log").open("w") as log:
-        # A session of its own: Ctrl-C is ours to handle, and then to pass on.
-        # One thread: on a model this small more of them mostly wait for each other.
-        environment = os.environ | {"TINSMITH_API_KEY": key, "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        while not is_ready(url):
-            if child.poll() is not None:
-                sys.exit(f"The service did not start:\n{(FOLDER / 'service.log').read_text()[-2000:]}")
-            time.sleep(0.2)
-        yield url, key
-    finally:
-        child.terminate()
-        child.wait()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=5):  # noqa: S310 - our own address
-            return True
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

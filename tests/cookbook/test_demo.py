@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tokenizers import Tokenizer
 
 from tinsmith_cookbook import demo
@@ -59,12 +58,3 @@ def test_the_demo_teaches_its_facts_and_stops_its_service(tmp_path: Path) -> Non
     with (tmp_path / "demo/data/lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while a service holds it
     assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
-
-
-def test_a_service_that_cannot_start_is_shown_and_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "FOLDER", tmp_path)
-    (tmp_path / "data").write_text("a file where the folder should be")
-    with pytest.raises(SystemExit, match="did not start"), demo.service():
-        pass

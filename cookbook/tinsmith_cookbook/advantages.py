@@ -1,6 +1,7 @@
 """Advantages: how much better a rollout was than its like.
 
-The like are the other rollouts of the same prompt, so no critic is needed (GRPO: Shao et al. 2024, "DeepSeekMath").
+The like are the other rollouts of the same prompt, so no critic is needed (GRPO: Shao et al. 2024,
+"DeepSeekMath").
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ Group = TypeVar("Group")
 def centred(rewards: Sequence[float], *, scaled: bool = False) -> Floats:
     """r - mean of the group; scaled: over its standard deviation too, as GRPO was published.
 
-    Unscaled is the safer default: scaling counts a group the more, the less its rewards differ (Liu et al. 2025,
-    "Understanding R1-Zero-Like Training").
+    Unscaled is the safer default: scaling counts a group the more, the less its rewards differ (Liu et al.
+    2025, "Understanding R1-Zero-Like Training").
     """
     values = np.asarray(rewards, np.float64)
     advantages: Floats = values - values.mean()

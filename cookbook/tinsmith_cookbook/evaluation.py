@@ -78,7 +78,9 @@ async def generate(
 # -- likelihood ---------------------------------------------------------------------------------------------
 
 
-async def logprobs(sampler: Any, prompt: Sequence[int], continuation: Sequence[int]) -> npt.NDArray[np.float64]:
+async def logprobs(
+    sampler: Any, prompt: Sequence[int], continuation: Sequence[int]
+) -> npt.NDArray[np.float64]:
     """The logprob of each token of `continuation` after `prompt`."""
     if not prompt or not continuation:
         raise ValueError("both the prompt and its continuation need at least one token")
@@ -113,8 +115,8 @@ class Choice:
 
 
 async def multiple_choice(sampler: Any, items: Sequence[Choice], *, per_token: bool = False) -> Score:
-    """The share where the right choice is the likeliest. per_token: by the mean over a choice's tokens, so that
-    long ones are not at a disadvantage."""
+    """The share where the right choice is the likeliest. per_token: by the mean over a choice's tokens, so
+    that long ones are not at a disadvantage."""
 
     async def one(item: Choice) -> float:
         scored = await asyncio.gather(*(logprobs(sampler, item.prompt, choice) for choice in item.choices))
@@ -144,8 +146,9 @@ Judge = Callable[[str, str, str], Awaitable[float]]
 
 @dataclass(frozen=True)
 class WinRate:
-    """rate: the mean over pairs, both orders averaged. position_bias: how much more than half the first place gets,
-    whoever stands there. consistent: the share of pairs where both orders name the same winner."""
+    """rate: the mean over pairs, both orders averaged. position_bias: how much more than half the first
+    place gets, whoever stands there. consistent: the share of pairs where both orders name the same
+    winner."""
 
     rate: float
     standard_error: float
@@ -156,8 +159,8 @@ class WinRate:
 async def win_rate(
     judge: Judge, questions: Sequence[str], ours: Sequence[str], theirs: Sequence[str]
 ) -> WinRate:
-    """How often `ours` beats `theirs`. Each pair is judged in both orders, so that a judge who likes the first answer
-    whatever it says gives one half; equal texts are a tie and are not judged."""
+    """How often `ours` beats `theirs`. Each pair is judged in both orders, so that a judge who likes the
+    first answer whatever it says gives one half; equal texts are a tie and are not judged."""
 
     async def pair(question: str, a: str, b: str) -> tuple[float, float] | None:
         if a == b:
@@ -182,8 +185,9 @@ async def win_rate(
 
 @dataclass(frozen=True)
 class ModelJudge:
-    """A sampler as judge: it reads `form` with {question}, {a} and {b} filled in, and the judgement is how likely its
-    answer begins with the first of `verdicts` rather than the second (each one token of its model).
+    """A sampler as judge: it reads `form` with {question}, {a} and {b} filled in, and the judgement is how
+    likely its answer begins with the first of `verdicts` rather than the second (each one token of its
+    model).
 
         judge = ModelJudge(sampler, renderer, "A: {a}\\nB: {b}\\nWhich is more polite, A or B?")
     """
@@ -196,11 +200,15 @@ class ModelJudge:
     async def __call__(self, question: str, a: str, b: str) -> float:
         asked = self.form.format(question=question, a=a, b=b)
         prompt = self.renderer.prompt([{"role": "user", "content": asked}])
-        first, second = await next_token_logprobs(self.sampler, prompt, [self._token(v) for v in self.verdicts])
+        first, second = await next_token_logprobs(
+            self.sampler, prompt, [self._token(v) for v in self.verdicts]
+        )
         return float(1 / (1 + math.exp(min(second - first, 700.0))))
 
     def _token(self, verdict: str) -> int:
         tokens = self.renderer.encode(verdict)
         if len(tokens) != 1:
-            raise ValueError(f"the verdict {verdict!r} is {len(tokens)} tokens of this model: choose one that is 1")
+            raise ValueError(
+                f"the verdict {verdict!r} is {len(tokens)} tokens of this model: choose one that is 1"
+            )
         return tokens[0]

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness on a sampler: pip install 'tinsmith[evaluation]'.
 
-    from lm_eval import simple_evaluate
-    results = simple_evaluate(SamplerLM(sampler, renderer), tasks=["gsm8k"], apply_chat_template=True)
+from lm_eval import simple_evaluate
+results = simple_evaluate(SamplerLM(sampler, renderer), tasks=["gsm8k"], apply_chat_template=True)
 """
 
 import asyncio
@@ -19,11 +19,18 @@ _KNOWN = ("until", "max_gen_toks", "temperature", "top_p", "top_k", "do_sample")
 
 
 class SamplerLM(LM):  # type: ignore[misc] # lm_eval is not annotated
-    """All requests of a task are in flight at once, up to `at_once`; the service batches them. Texts longer than
-    `context` tokens lose their beginning; in rolling loglikelihoods, which must not, they are cut into windows."""
+    """All requests of a task are in flight at once, up to `at_once`; the service batches them. Texts longer
+    than `context` tokens lose their beginning; in rolling loglikelihoods, which must not, they are cut into
+    windows."""
 
     def __init__(
-        self, sampler: Any, renderer: Renderer, *, context: int = 4096, max_gen_toks: int = 256, at_once: int = 256
+        self,
+        sampler: Any,
+        renderer: Renderer,
+        *,
+        context: int = 4096,
+        max_gen_toks: int = 256,
+        at_once: int = 256,
     ) -> None:
         super().__init__()
         self._sampler, self._renderer = sampler, renderer
@@ -57,7 +64,8 @@ class SamplerLM(LM):  # type: ignore[misc] # lm_eval is not annotated
 
     async def _continuation(self, context: str, continuation: str) -> tuple[float, bool]:
         """The logprob of the continuation, and whether greedy decoding would write it."""
-        # Tokenized together and cut where the context ends, so that a merge over the seam counts as continuation.
+        # Tokenized together and cut where the context ends, so that a merge over the seam counts as
+        # continuation.
         before = self._renderer.encode(context)
         whole = self._renderer.encode(context + continuation)
         before = before[: _common(before, whole)]

@@ -19,15 +19,13 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number an answer ends with: "so it is 1,082." is 1082. A minus counts where no digit, letter or closing
-    bracket stands before it: the 2 of "4-2" is no -2."""
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    if found is None:
+    """The number an answer ends with: "so it is 1,082." is 1082. A minus counts where no digit, letter or
+    closing bracket stands before it: the 2 of "4-2" is no -2."""
+    found = list(_NUMBER.finditer(text))
+    if not found:
         return None
-    digits = found[0].replace(",", "")
-    if digits.startswith("-") and re.search(r"[\w)]$", text[: found.start()]):
+    digits = found[-1][0].replace(",", "")
+    if digits.startswith("-") and re.search(r"[\w)]$", text[: found[-1].start()]):
         digits = digits[1:]
     try:
         return Decimal(digits)
@@ -36,7 +34,8 @@ def last_number(text: str) -> Decimal | None:
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{…}, braces inside included; None without one, or when it is not closed."""
+    """What stands in the last \\boxed{…}, braces inside included; None without one, or when it is not
+    closed."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -124,5 +123,6 @@ def all_of(*parts: Reward) -> Reward:
 
 
 def gated(gate: Reward, then: Reward, *, otherwise: float = 0.0) -> Reward:
-    """`then` where the gate is open (above 0), else a fixed number: right answers in the wrong form earn that."""
+    """`then` where the gate is open (above 0), else a fixed number: right answers in the wrong form earn
+    that."""
     return lambda text: then(text) if gate(text) > 0 else otherwise

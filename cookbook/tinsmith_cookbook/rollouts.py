@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Rollout:
-    """One episode as one sequence. What the model wrote (`sampled`) is trained on; what it was given — prompts, tool
-    output, the other side's moves — is only read.
+    """One episode as one sequence. What the model wrote (`sampled`) is trained on; what it was given —
+    prompts, tool output, the other side's moves — is only read.
 
         rollout = Rollout()
         rollout.read(prompt)
@@ -68,9 +68,7 @@ class Rollout:
             inputs["sequence_ratio_mask"] = _floats(own)
         if loss_fn == "stable_reinforce":
             del inputs["logprobs"]  # the service looks them up in its own record of the samples
-        datum = tinker.Datum(
-            model_input=tinker.ModelInput.from_ints(self.tokens[:-1]), loss_fn_inputs=inputs
-        )
+        datum = tinker.Datum(model_input=tinker.ModelInput.from_ints(self.tokens[:-1]), loss_fn_inputs=inputs)
         return datum.with_provenance(*self._spans()) if loss_fn == "stable_reinforce" else datum
 
     def _spans(self) -> tuple[list[Any], list[Any]]:
@@ -118,8 +116,9 @@ async def gather(
 ) -> list[T]:
     """Run all of it side by side; what finished, in the order given.
 
-    A piece that raises or takes longer is left out and logged, so that one failed rollout neither hangs nor ends
-    a run. Where more than the share `tolerated` fails something is wrong with all of them: that is raised.
+    A piece that raises or takes longer is left out and logged, so that one failed rollout neither hangs nor
+    ends a run. Where more than the share `tolerated` fails something is wrong with all of them: that is
+    raised.
     """
     done = await asyncio.gather(
         *(asyncio.wait_for(piece, timeout_seconds) for piece in work), return_exceptions=True
@@ -130,13 +129,16 @@ async def gather(
             raise error
         logger.warning("a rollout failed and is left out: %s: %s", type(error).__name__, error)
     if failed and len(failed) > tolerated * len(done):
-        raise RuntimeError(f"{len(failed)} of {len(done)} rollouts failed, the first: {failed[0]!r}") from failed[0]
+        raise RuntimeError(
+            f"{len(failed)} of {len(done)} rollouts failed, the first: {failed[0]!r}"
+        ) from failed[0]
     return [result for result in done if not isinstance(result, BaseException)]
 
 
 def kl(rollouts: Sequence[Rollout], passed: Any) -> dict[str, float]:
-    """How far the sampler's distribution is from the trainer's, over the sampled tokens, from the output of the
-    forward_backward of these rollouts: `kl` is the mean of q - lp (k1), `kl_k2` that of its square halved.
+    """How far the sampler's distribution is from the trainer's, over the sampled tokens, from the output of
+    the forward_backward of these rollouts: `kl` is the mean of q - lp (k1), `kl_k2` that of its square
+    halved.
 
     On-policy they should stay below 0.01; dense models reach 0.0002 when all is well (the official cookbook).
     """

@@ -56,6 +56,10 @@ def test_a_score_says_how_sure_it_is() -> None:
 # -- against a service ------------------------------------------------------------------------------------
 
 
+# What is asked here does not depend on how the service is put together.
+embedded = pytest.mark.parametrize("service", ["embedded"], indirect=True)
+
+
 @pytest.fixture(scope="module")
 def asked(service: RunningService) -> Iterator[tuple[tinsmith.SamplingClient, Renderer]]:
     client = tinsmith.ServiceClient(base_url=service.url, api_key=service.key)
@@ -69,6 +73,7 @@ def logprobs_of(sampler: tinsmith.SamplingClient, tokens: list[int]) -> list[flo
     return [p for p in found if p is not None]
 
 
+@embedded
 def test_logprobs_of_a_continuation_and_of_candidates(
     asked: tuple[tinsmith.SamplingClient, Renderer],
 ) -> None:
@@ -83,6 +88,7 @@ def test_logprobs_of_a_continuation_and_of_candidates(
     np.testing.assert_allclose(several, expected, atol=1e-5)
 
 
+@embedded
 def test_multiple_choice_takes_the_likeliest(asked: tuple[tinsmith.SamplingClient, Renderer]) -> None:
     sampler, renderer = asked
     prompt = renderer.encode("Question")
@@ -95,6 +101,7 @@ def test_multiple_choice_takes_the_likeliest(asked: tuple[tinsmith.SamplingClien
     assert asyncio.run(evaluation.multiple_choice(sampler, by_mean, per_token=True)).mean == 1.0
 
 
+@embedded
 def test_perplexity_counts_weighted_tokens_only(asked: tuple[tinsmith.SamplingClient, Renderer]) -> None:
     sampler, renderer = asked
     one, two = renderer.encode("a lamp in the room"), renderer.encode("the river")
@@ -105,6 +112,7 @@ def test_perplexity_counts_weighted_tokens_only(asked: tuple[tinsmith.SamplingCl
     )
 
 
+@embedded
 def test_generation_is_scored_by_the_reward(asked: tuple[tinsmith.SamplingClient, Renderer]) -> None:
     sampler, renderer = asked
     asking = [{"role": "user", "content": "Hello"}]
@@ -117,6 +125,7 @@ def test_generation_is_scored_by_the_reward(asked: tuple[tinsmith.SamplingClient
     assert (again.values, again.answers) == ([1.0, 0.0], [said, said])
 
 
+@embedded
 def test_a_model_judges_by_the_likelier_verdict(asked: tuple[tinsmith.SamplingClient, Renderer]) -> None:
     sampler, renderer = asked
     judge = ModelJudge(sampler, renderer, "{question} A: {a} B: {b}. A or B?")
@@ -131,6 +140,7 @@ def test_a_model_judges_by_the_likelier_verdict(asked: tuple[tinsmith.SamplingCl
 # -- lm-evaluation-harness --------------------------------------------------------------------------------
 
 
+@embedded
 def test_the_harness_of_eleuther_runs_on_a_sampler(
     asked: tuple[tinsmith.SamplingClient, Renderer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +206,7 @@ def test_the_harness_of_eleuther_runs_on_a_sampler(
     assert 0 <= found["write"]["exact_match,none"] <= 1
 
 
+@embedded
 def test_long_texts_are_read_in_windows_each_token_once(
     asked: tuple[tinsmith.SamplingClient, Renderer],
 ) -> None:

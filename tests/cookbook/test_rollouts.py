@@ -96,7 +96,7 @@ def test_failed_and_hanging_rollouts_are_left_out(caplog: pytest.LogCaptureFixtu
 
 
 def test_when_most_rollouts_fail_that_is_said() -> None:
-    with pytest.raises(RuntimeError, match="2 of 3 rollouts failed.*the tool is away"):
+    with pytest.raises(RuntimeError, match=r"2 of 3 rollouts failed.*the tool is away"):
         asyncio.run(rollouts.gather((rollout(n) for n in (1, 1, 3)), timeout_seconds=5))
 
 

@@ -1,11 +1,13 @@
 """Reinforcement learning with verifiable rewards: sums, right or wrong (GRPO: no critic, no reward model).
 
-Each step samples a group of answers to every problem, rewards those that give the right number, and trains on how much
-better each was than its group. The base gets some sums wrong when it is sampled; the curve shows that going away.
+Each step samples a group of answers to every problem, rewards those that give the right number, and trains
+on how much better each was than its group. The base gets some sums wrong when it is sampled; the curve
+shows that going away.
 
---behind K is the asynchronous form: step t trains on answers that were sampled K steps earlier, while those for step
-t + K are being sampled; the losses weigh by the ratio of both policies. --loss takes any that the service has for this
-(docs/losses.md; recipes/rl_losses.py compares them), --updates how often each batch is trained on (PPO: 2 or more).
+--behind K is the asynchronous form: step t trains on answers that were sampled K steps earlier, while those
+for step t + K are being sampled; the losses weigh by the ratio of both policies. --loss takes any that the
+service has for this (docs/losses.md; recipes/rl_losses.py compares them), --updates how often each batch is
+trained on (PPO: 2 or more).
 """
 
 import argparse

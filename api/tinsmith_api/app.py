@@ -15,7 +15,7 @@ from tinsmith_api.bodies import TooLarge, UnsupportedEncoding, reply
 from tinsmith_api.journal import metrics
 from tinsmith_api.journal.store import Unavailable
 from tinsmith_api.owner import Gone
-from tinsmith_api.routes import futures, records, sampling, start, training
+from tinsmith_api.routes import futures, records, sampling, start, tokenizers, training
 from tinsmith_api.service import Service, TooMany
 
 log = logging.getLogger("tinsmith")
@@ -46,7 +46,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="Tinsmith", lifespan=lifespan)
     app.state.service = service
     # In the order they are looked through, the busiest first; include_router would look twice.
-    for room in (futures, training, sampling, start, records):
+    for room in (futures, training, sampling, start, records, tokenizers):
         app.router.routes.extend(room.router.routes)
     for kind, status in _STATUS.items():
         app.add_exception_handler(kind, _answer_with(status))

@@ -28,10 +28,13 @@ def serve(settings: Settings) -> None:
     settings = settings.model_copy(update={"redis": SecretStr("")})
     settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     guard = _own(settings.folder)
+    address = settings.folder / "address"  # for tinsmith.connect(): where the one that holds the lock listens
+    address.unlink(missing_ok=True)
     listener = _listen(settings.host, settings.port)
     service = Service(settings, on_failure=lambda: setattr(server, "should_exit", True))
     key = local_key(settings.folder)
     service.journal.write(lambda c: identities.create_key(c, "local", key=key)).result()
+    address.write_text(_address(listener))
     _greet(_address(listener), key, settings)
     server = _server(service)
     server.run(sockets=[listener])

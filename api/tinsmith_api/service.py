@@ -105,6 +105,7 @@ class Facts:
     max_rank: int
     architecture: str
     tokenizer: str
+    tokenizer_files: str = ""
 
 
 class Doorbell(Protocol):
@@ -133,6 +134,7 @@ class Service:
         self.doorbell = self._open_doorbell()
         self.key_owners: Memory[str] = Memory(seconds=10)
         self.owned: Memory[Any] = Memory(seconds=10)
+        self.tokenizers: Memory[bytes] = Memory(seconds=600, size=8)
         self._pools: Memory[dict[str, Pool]] = Memory(seconds=1)
         self._workers_changed = asyncio.Event()
         self._usage: Memory[ops.Usage] = Memory(seconds=1)
@@ -270,7 +272,8 @@ class Service:
                 self._workers_changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._workers_changed.wait(), 1.0)
-        return Facts(**facts)
+        # A worker of another version may know more or less.
+        return Facts(**{name: facts[name] for name in Facts.__dataclass_fields__ if name in facts})
 
 
 async def _repeat(house: House, chore: str) -> None:

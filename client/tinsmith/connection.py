@@ -1,184 +1,206 @@
-"""One service, one key, one session: every byte between a client and the service passes here."""
+"""One service and one key: every byte between a client and the service passes here."""
 
-import asyncio
-import contextlib
+import concurrent.futures
+import functools
 import itertools
 import os
 import random
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import httpx
 
 from tinsmith.errors import (
     AuthenticationError,
+    BillingError,
     InvalidInput,
     NotFound,
     RequestFailed,
     ServiceUnavailable,
     TinsmithError,
 )
-from tinsmith.future import Future
+from tinsmith.future import left
+from tinsmith.key import Key
+from tinsmith.progress import Progress
+from tinsmith.threads import Threads, in_event_loop
 
 T = TypeVar("T")
+Sent = concurrent.futures.Future[httpx.Response]
 
 GIVE_UP_SECONDS = 300.0
 """A service that answered before may be away this long, e.g. to restart; one that never did, ten."""
 _FIRST_CONTACT_SECONDS = 10.0
-_HEARTBEAT_SECONDS = 10.0
 # The service holds a long poll for up to 30 s.
-_POLL_TIMEOUT = httpx.Timeout(60, read=45, pool=None)
-# More sockets than this would run into the usual limit of 1024 open files.
-_SAMPLES_POLLED_AT_ONCE = 400
+_POLL_SECONDS = 45.0
+# Samples are submitted side by side by so many threads, and waited for by so many: more sockets than this
+# would run into the usual limit of 1024 open files.
+_SENDERS, _WAITERS = 32, 400
+# The version of the wire that this client speaks, by the official SDK's number.
+WIRE_VERSION = "0.38.0"
 
-_PROTOBUF = "application/x-protobuf"
+JSON, PROTOBUF = "application/json", "application/x-protobuf"
 
 
 class Connection:
-    """Owns a daemon thread with an event loop, the HTTP connections and the session's heartbeat.
-
-    Coroutines below run on that loop; `start` is how other threads get one to run.
-    """
+    """Safe to use from many threads. Starts none itself, but where a caller must not wait."""
 
     def __init__(
-        self, base_url: str | None, api_key: str | None, session: Mapping[str, Any], give_up_seconds: float
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        give_up_seconds: float = GIVE_UP_SECONDS,
+        headers: Mapping[str, str] | None = None,
+        progress: bool | None = None,
     ) -> None:
         self.base_url = (base_url or _setting("BASE_URL") or "http://127.0.0.1:8000").rstrip("/")
-        key = api_key or _setting("API_KEY")
-        if not key:
-            raise AuthenticationError("no key: pass api_key=… or set TINSMITH_API_KEY")
+        self.key = Key(api_key or _setting("API_KEY"), f"{self.base_url}/api/v1/auth/token")
+        self.progress = Progress(progress)
+        self.waiters = Threads(_WAITERS)
+        self._senders = Threads(_SENDERS)
         self._give_up_seconds = give_up_seconds
         self._answered_once = False
-        self._session_fields = session
-        self._session_id = ""
-        self._opening = asyncio.Lock()
-        self._heartbeat: asyncio.Task[None] | None = None
-        self._closed = False
-        self.sample_polls = asyncio.Semaphore(_SAMPLES_POLLED_AT_ONCE)
-        self._http = httpx.AsyncClient(
+        self._closed = threading.Event()
+        self._config: dict[str, Any] | None = None
+        self._greeting = threading.Lock()
+        self._http = httpx.Client(
             base_url=f"{self.base_url}/api/v1/",
-            headers={"X-API-Key": key},
-            timeout=httpx.Timeout(60, connect=5, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            headers={"Accept": JSON, **(headers or {})},
+            auth=self.key,
+            # Reading the certificates takes a quarter of a second; plain HTTP needs none.
+            verify=not self.base_url.startswith("http://"),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_WAITERS),
         )
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="tinsmith-connection", daemon=True).start()
 
-    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run `work` on the connection's loop. Work started first runs its first step first."""
-        if self._closed:
-            work.close()
-            raise TinsmithError("this client is closed")
-        return Future(asyncio.run_coroutine_threadsafe(work, self._loop))
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        aside: bool | None = None,
+        fatal: tuple[int, ...] = (),
+        patience: float | None = None,
+        until: float | None = None,
+        **request: Any,
+    ) -> Sent:
+        """Send the same bytes until the service answers; done when it has, unless an event loop runs in this
+        thread or the caller wants it `aside`. Calls carry their number (seq_id): one whose answer got lost
+        is not applied twice. `until` is when time.monotonic() makes it a TimeoutError."""
+        if in_event_loop() if aside is None else aside:
+            options = {"fatal": fatal, "patience": patience, "until": until, **request}
+            again = functools.partial(self.send, method, path, aside=False, **options)
+            return self._senders.run(lambda: again().result())
+        sent, since = Sent(), time.monotonic()
+        try:
+            if self._config is None and path != "client/config":
+                _ = self.config
+            for attempt in itertools.count():
+                if self._closed.is_set():
+                    raise TinsmithError("this client is closed")
+                wait = min(0.5 * 2**attempt, 10) * random.uniform(0.75, 1)  # noqa: S311 - not a secret
+                give_up = self._give_up_seconds if patience is None else patience
+                try:
+                    response = self._http.request(method, path, timeout=_timeout(until), **request)
+                except httpx.TransportError as error:
+                    trouble = f"{type(error).__name__} {error}".strip()
+                    if not self._answered_once:
+                        give_up = min(give_up, _FIRST_CONTACT_SECONDS)
+                else:
+                    self._answered_once = True
+                    # 304: what the caller has is still right. 408: there is no result yet.
+                    status = response.status_code
+                    if response.is_success or status == 304 or (status == 408 and path == "retrieve_future"):
+                        sent.set_result(response)
+                        return sent
+                    if status in fatal or not _is_passing(response):
+                        raise _refusal(response)
+                    trouble = f"{status} {_sentence(response)}"
+                    wait = _seconds_asked_for(response) or wait
+                    if status == 402:
+                        give_up = self.config.get("billing_exception_max_pause_duration_sec", 3600)
+                        wait = 5
+                now = time.monotonic()
+                if until is not None and now + wait > until:
+                    raise TimeoutError
+                if now + wait > since + give_up:
+                    if trouble.startswith("402 "):
+                        raise _refusal(response)
+                    raise ServiceUnavailable(f"{self.base_url} gives no answer to {path}: {trouble}")
+                self._closed.wait(wait)
+        except Exception as error:
+            # It belongs to who asks for the answer.
+            sent.set_exception(error)
+        return sent
 
-    async def session_id(self) -> str:
-        """The session of this client, opened when it is first needed."""
-        async with self._opening:
-            if not self._session_id:
-                self._session_id = (await self.submit("create_session", self._session_fields))["session_id"]
-                self._heartbeat = asyncio.create_task(self._beat())
-        return self._session_id
+    def get(self, path: str, **query: Any) -> dict[str, Any]:
+        return read_json(self.send("GET", path, params=query).result())
 
-    async def submit(self, path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, fields: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         """POST a JSON request, without its fields that are None; the JSON answer."""
-        body = {name: value for name, value in fields.items() if value is not None}
-        return _object(await self._send("POST", path, json=body))
+        return read_json(self.send("POST", path, json=given(fields), **options).result())
 
-    async def submit_protobuf(self, path: str, content: bytes) -> dict[str, Any]:
-        headers = {"Content-Type": _PROTOBUF}
-        return _object(await self._send("POST", path, content=content, headers=headers))
+    def run(self, call: Callable[[], T], threads: Threads | None = None) -> "concurrent.futures.Future[T]":
+        """What `call` returns; called in this thread, unless that runs an event loop."""
+        if in_event_loop():
+            return (threads or self.waiters).run(call)
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        try:
+            done.set_result(call())
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
-    async def result(self, request_id: str) -> dict[str, Any]:
-        """The result of a future that answers in JSON; waits for as long as it takes."""
-        return _object(await self._poll(request_id, "application/json"))
-
-    async def result_protobuf(self, request_id: str) -> bytes:
-        return (await self._poll(request_id, _PROTOBUF)).content
-
-    async def get(self, path: str) -> dict[str, Any]:
-        return _object(await self._send("GET", path))
-
-    async def close(self, reason: str, detail: str | None) -> None:
-        """Finish the session and the loop; calls still under way are cancelled."""
-        self._closed = True
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        if self._session_id:
-            # Tried once: a service that is away ends the session itself when the heartbeats stay out.
-            with contextlib.suppress(httpx.TransportError):
-                finish = {"reason": {"type": reason}, "detail": detail}
-                await self._http.post(f"sessions/{self._session_id}/finish", json=finish, timeout=10)
-        await self._http.aclose()
-        # Stops one turn later, so that whoever waits for this coroutine sees it end.
-        self._loop.call_soon(self._loop.call_soon, self._loop.stop)
-
-    async def _send(
-        self, method: str, path: str, *, pending_is_answer: bool = False, **request: Any
-    ) -> httpx.Response:
-        """Send the same bytes until the service answers. Requests carry their number (seq_id), so that
-        one whose answer got lost is not applied twice."""
-        since = time.monotonic()
-        for attempt in itertools.count():
-            wait = min(0.5 * 2**attempt, 10) * random.uniform(0.75, 1)  # noqa: S311 - not a secret
-            try:
-                response = await self._http.request(method, path, **request)
-            except httpx.TransportError as error:
-                trouble = f"{type(error).__name__} {error}".strip()
-            else:
-                self._answered_once = True
-                if response.status_code == 408 and pending_is_answer:
+    def result(self, sent: Sent, accept: str = JSON, until: float | None = None) -> httpx.Response:
+        """The result that the answer to a submission promised; waits for as long as it takes."""
+        request_id = read_json(sent.result(left(until)))["request_id"]
+        asked = {"request_id": request_id, "allow_metadata_only": False}
+        with self.progress.waiting():
+            while True:
+                response = self.send(
+                    "POST", "retrieve_future", json=asked, headers={"Accept": accept}, until=until
+                ).result()
+                if PROTOBUF in response.headers.get("content-type", ""):
                     return response
-                if response.is_success:
+                answer = read_json(response)
+                if "error" in answer:
+                    category = answer.get("category", "unknown")
+                    raise RequestFailed(str(answer["error"]), request_id, category)
+                if response.status_code != 408 and answer.get("type") != "try_again":
                     return response
-                if response.status_code not in (408, 409, 429) and response.status_code < 500:
-                    raise _refusal(response)
-                trouble = f"{response.status_code} {_sentence(response)}"
-                wait = _seconds_asked_for(response) or wait
-            patience = self._give_up_seconds if self._answered_once else _FIRST_CONTACT_SECONDS
-            if time.monotonic() - since + wait > min(patience, self._give_up_seconds):
-                raise ServiceUnavailable(f"{self.base_url} gives no answer to {path}: {trouble}")
-            await asyncio.sleep(wait)
-        raise AssertionError
+                self.progress.note(answer.get("queue_state_reason"))
+                if until is not None and time.monotonic() >= until:
+                    raise TimeoutError
 
-    async def _poll(self, request_id: str, accept: str) -> httpx.Response:
-        while True:
-            response = await self._send(
-                "POST",
-                "retrieve_future",
-                json={"request_id": request_id, "allow_metadata_only": False},
-                headers={"Accept": accept},
-                timeout=_POLL_TIMEOUT,
-                pending_is_answer=True,
-            )
-            if response.status_code == 408:
-                continue
-            if _PROTOBUF in response.headers.get("content-type", ""):
-                return response
-            answer = _object(response)
-            if "error" in answer:
-                category = answer.get("category", "unknown")
-                raise RequestFailed(str(answer["error"]), request_id=request_id, category=category)
-            if answer.get("type") != "try_again":
-                return response
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the service told us about itself when it was first asked for anything."""
+        with self._greeting:
+            if self._config is None:
+                try:
+                    config = self.post("client/config", {"sdk_version": WIRE_VERSION}, aside=False)
+                except NotFound:
+                    config = {}
+                self.key.is_exchanged = bool(config.get("pjwt_auth_enabled"))
+                self._config = config
+        return self._config
 
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(_HEARTBEAT_SECONDS)
-            # A lost beat is followed by the next; the calls themselves say what is wrong.
-            with contextlib.suppress(httpx.TransportError):
-                beat = {"session_id": self._session_id}
-                await self._http.post("session_heartbeat", json=beat, timeout=10)
+    def close(self) -> None:
+        """Whatever is awaited ends with an error now, and so does a wait in another thread once its poll
+        returns."""
+        self._closed.set()
+        self.progress.close()
+        for threads in (self._senders, self.waiters):
+            threads.close(TinsmithError("this client is closed"))
+        self._http.close()
 
 
-def _setting(name: str) -> str | None:
-    return os.environ.get(f"TINSMITH_{name}") or os.environ.get(f"TINKER_{name}")
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _object(response: httpx.Response) -> dict[str, Any]:
+def read_json(response: httpx.Response) -> dict[str, Any]:
     try:
         answer = response.json()
     except ValueError:
@@ -190,17 +212,37 @@ def _object(response: httpx.Response) -> dict[str, Any]:
     return answer
 
 
+def _setting(name: str) -> str | None:
+    return os.environ.get(f"TINSMITH_{name}") or os.environ.get(f"TINKER_{name}")
+
+
+def _timeout(until: float | None) -> httpx.Timeout:
+    seconds = left(until)
+    read = _POLL_SECONDS if seconds is None else min(_POLL_SECONDS, max(seconds, 0.001))
+    return httpx.Timeout(60, connect=5, read=read, pool=None)
+
+
+def _is_passing(response: httpx.Response) -> bool:
+    """Whether the same request may have another answer later. A 400 without a body comes from a proxy."""
+    status = response.status_code
+    return status in (402, 408, 409, 429) or status >= 500 or (status == 400 and not response.content)
+
+
 def _refusal(response: httpx.Response) -> TinsmithError:
+    kinds = {
+        401: AuthenticationError,
+        402: BillingError,
+        403: AuthenticationError,
+        404: NotFound,
+        410: NotFound,
+    }
     sentence = _sentence(response)
-    match response.status_code:
-        case 401 | 403:
-            return AuthenticationError(sentence)
-        case 404 | 410:
-            return NotFound(sentence)
-        case status if status < 400:
-            return TinsmithError(f"{response.url.path} redirects: give the service's own address")
-        case _:
-            return InvalidInput(sentence)
+    if response.is_redirect:
+        error = TinsmithError(f"{response.url.path} redirects: give the service's own address")
+    else:
+        error = kinds.get(response.status_code, InvalidInput)(sentence)
+    error.status_code = response.status_code
+    return error
 
 
 def _sentence(response: httpx.Response) -> str:

@@ -1,6 +1,8 @@
 """Between the types users hold and the protobuf on the wire."""
 
+import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,12 +11,15 @@ from tinsmith.errors import InvalidInput
 from tinsmith.types import (
     Array,
     Datum,
+    EncodedTextChunk,
     ForwardBackwardOutput,
+    ImageChunk,
+    ModelInput,
     PromptAltTokens,
+    ProvenanceSpans,
     SampledProvenanceSpan,
     SampledSequence,
     SampleResponse,
-    Spans,
     TensorData,
     TopkLogprobs,
 )
@@ -24,7 +29,7 @@ from tinsmith.wire.samples import dense
 
 MAX_DATUMS = 1024
 MAX_BYTES = 5_000_000
-"""A forward_backward larger than either goes out as several requests. Both are the official SDK's."""
+"""A forward_backward larger than either goes out as several requests, unless the service says otherwise."""
 
 
 def pack(
@@ -33,6 +38,8 @@ def pack(
     loss_fn_config: Mapping[str, float | str] | None = None,
     *,
     forward_only: bool = False,
+    max_datums: int = MAX_DATUMS,
+    max_bytes: int = MAX_BYTES,
 ) -> list[pb.ForwardBackwardRequest]:
     """One request per chunk of `data`, in order; who sends them fills in model_id and seq_id."""
     if not data:
@@ -42,7 +49,7 @@ def pack(
         pb.ForwardBackwardRequest(
             data=chunk, loss_fn=loss_fn, loss_fn_config_v2=config, forward_only=forward_only
         )
-        for chunk in _chunks(_datum(datum) for datum in data)
+        for chunk in _chunks(map(_datum, data), max_datums, max_bytes)
     ]
 
 
@@ -77,13 +84,45 @@ def merge(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
                 metrics[name] = min(values)
             case "max":
                 metrics[name] = max(values)
+            case "slack":  # how far the largest is above the mean
+                metrics[name] = max(values) - float(np.average(values, weights=weights))
+            case "hash2":
+                metrics[name] = float(sum(int(value) % 2**64 for value in values) % 2**64)
             case "unique":
                 metrics[name] = values[0]
+                metrics.update({f"{name}_{i}": value for i, value in enumerate(values[1:], 1)})
     return ForwardBackwardOutput(
         loss_fn_output_type=outputs[0].loss_fn_output_type,
         loss_fn_outputs=[one for output in outputs for one in output.loss_fn_outputs],
         metrics=metrics,
     )
+
+
+def json_prompt(prompt: ModelInput) -> dict[str, Any]:
+    """A prompt in its JSON form."""
+    chunks: list[dict[str, Any]] = []
+    for chunk in prompt.chunks:
+        if isinstance(chunk, EncodedTextChunk):
+            chunks.append({"type": chunk.type, "tokens": chunk.tokens})
+            continue
+        described: dict[str, Any] = {"type": chunk.type, "format": chunk.format}
+        if isinstance(chunk, ImageChunk):
+            described["data"] = base64.b64encode(chunk.data).decode()
+        else:
+            described["location"] = chunk.location
+        if chunk.expected_tokens is not None:
+            described["expected_tokens"] = chunk.expected_tokens
+        chunks.append(described)
+    return {"chunks": chunks}
+
+
+def json_tensor(tensor: TensorData) -> dict[str, Any]:
+    """A tensor in its JSON form."""
+    described: dict[str, Any] = {"data": tensor.data, "dtype": tensor.dtype, "shape": tensor.shape}
+    if tensor.sparse_crow_indices is not None:
+        described["sparse_crow_indices"] = tensor.sparse_crow_indices
+        described["sparse_col_indices"] = tensor.sparse_col_indices
+    return described
 
 
 def unpack_sample(body: bytes, sequence_ids: Sequence[str]) -> SampleResponse:
@@ -113,12 +152,12 @@ def unpack_sample(body: bytes, sequence_ids: Sequence[str]) -> SampleResponse:
     )
 
 
-def _chunks(data: Iterable[pb.Datum]) -> Iterator[list[pb.Datum]]:
+def _chunks(data: Iterable[pb.Datum], max_datums: int, max_bytes: int) -> Iterator[list[pb.Datum]]:
     chunk: list[pb.Datum] = []
     size = 0
     for datum in data:
         datum_size = datum.ByteSize()
-        if chunk and (len(chunk) == MAX_DATUMS or size + datum_size > MAX_BYTES):
+        if chunk and (len(chunk) == max_datums or size + datum_size > max_bytes):
             yield chunk
             chunk, size = [], 0
         chunk.append(datum)
@@ -129,15 +168,33 @@ def _chunks(data: Iterable[pb.Datum]) -> Iterator[list[pb.Datum]]:
 def _datum(datum: Datum) -> pb.Datum:
     message = pb.Datum()
     for chunk in datum.model_input.chunks:
-        message.model_input.add().encoded_text.tokens = chunk.tokens.astype("<i4", copy=False).tobytes()
+        if isinstance(chunk, EncodedTextChunk):
+            message.model_input.add().encoded_text.tokens = chunk.array.astype("<i4", copy=False).tobytes()
+        elif isinstance(chunk, ImageChunk):
+            image = message.model_input.add().image
+            image.data, image.format = chunk.data, chunk.format
+            if chunk.expected_tokens is not None:
+                image.expected_tokens = chunk.expected_tokens
+        else:
+            raise InvalidInput(f"a chunk of type {chunk.type} can be sampled from and not trained on")
     for name, tensor in datum.loss_fn_inputs.items():
-        message.loss_fn_inputs[name].CopyFrom(dense(tensor.to_numpy()))
+        message.loss_fn_inputs[name].CopyFrom(_tensor_message(tensor))
     message.model_input_spans.extend(_spans(datum.model_input_spans or ()))
     message.loss_fn_input_spans.extend(_spans(datum.loss_fn_input_spans or ()))
     return message
 
 
-def _spans(spans: Spans) -> Iterator[pb.ProvenanceSpan]:
+def _tensor_message(tensor: TensorData) -> pb.Tensor:
+    if tensor.sparse_crow_indices is None:
+        return dense(tensor.values)
+    message = pb.Tensor(dtype=dense(tensor.values[:0]).dtype, shape=tensor.shape)
+    message.sparse_csr.values = dense(tensor.values).dense
+    message.sparse_csr.crow_indices = np.asarray(tensor.sparse_crow_indices, "<i8").tobytes()
+    message.sparse_csr.col_indices = np.asarray(tensor.sparse_col_indices, "<i8").tobytes()
+    return message
+
+
+def _spans(spans: ProvenanceSpans) -> Iterator[pb.ProvenanceSpan]:
     for span in spans:
         message = pb.ProvenanceSpan()
         sampled = isinstance(span, SampledProvenanceSpan)

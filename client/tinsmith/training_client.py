@@ -1,93 +1,185 @@
 """A run: one adapter being trained, through the primitive calls."""
 
-import asyncio
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from tinsmith.connection import Connection
+from tinsmith import custom_loss, runs
+from tinsmith.connection import PROTOBUF, Sent, given, read_json
+from tinsmith.custom_loss import CustomLoss, LossHandle
 from tinsmith.errors import InvalidInput
-from tinsmith.future import Future
-from tinsmith.messages import merge, pack, unpack
-from tinsmith.sampling_client import SamplingClient
+from tinsmith.future import ClientFuture, Future, awaited, left, submitted
+from tinsmith.messages import MAX_BYTES, MAX_DATUMS, merge, pack, unpack
+from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
+from tinsmith.session import Session
 from tinsmith.types import (
     AdamParams,
-    Array,
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
     LoadWeightsResponse,
     LossFn,
     ModelData,
+    ModelInput,
+    OptimParams,
     OptimStepResponse,
+    SamplingClientKind,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
 from tinsmith.wire import tinsmith_pb2 as pb
 
+if TYPE_CHECKING:
+    from tinsmith.tokenizer import Tokenizer
+
 Made = TypeVar("Made")
-CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, ...]]
-Differentiated = tuple[float, list[Array], dict[str, float]]
+_PROTOBUF_BODY = {"Content-Type": PROTOBUF}
+# What `fork` saves on its way lives so long.
+_PASSING_SECONDS = 86400
 
 
 class TrainingClient:
-    """Submits calls in the order they are made and returns futures at once, so that an optim_step can be
-    on its way while its forward_backward still runs:
+    """Each call is numbered and sent before its method returns a future, so that an optim_step can be on its
+    way while its forward_backward still runs; the service executes them in the order of their numbers:
 
         forward_backward = training.forward_backward(data, "cross_entropy")
         optim_step = training.optim_step(AdamParams(learning_rate=1e-4))
         print(forward_backward.result().metrics["loss:sum"], optim_step.result().metrics)
+
+    In a thread that runs an event loop they are sent from another thread; the numbers keep their order.
     """
 
-    def __init__(self, connection: Connection, info: GetInfoResponse, samplers: Iterator[int]) -> None:
+    def __init__(self, session: Session, info: GetInfoResponse) -> None:
         self.model_id = info.model_id
         self._info = info
-        self._connection = connection
-        self._samplers = samplers
+        self._session = session
+        self._connection = session.connection
         self._seq_ids = itertools.count(1)
-        # Held while a call is submitted: numbers reach the service in the order of the calls.
-        self._turn = asyncio.Lock()
 
     @classmethod
-    async def create(cls, connection: Connection, model_id: str, samplers: Iterator[int]) -> "TrainingClient":
-        answer = await connection.submit("get_info", {"model_id": model_id})
-        known = {name: answer["model_data"].get(name) for name in ("arch", "model_name", "tokenizer_id")}
-        info = GetInfoResponse(answer["model_id"], ModelData(**known), answer.get("lora_rank"))
-        return cls(connection, info, samplers)
+    def open(
+        cls, session: Session, path: str, fields: Callable[[], Mapping[str, Any]]
+    ) -> "TrainingClientFuture":
+        """A new run of `session`; asked for at once. `path` is create_model or load_weights."""
+        number, connection = next(session.runs), session.connection
+
+        def ask() -> Sent:
+            named = {"session_id": session.id, "model_seq_id": number, **fields()}
+            return connection.send("POST", path, json=given(named), fatal=(402,))
+
+        asked = connection.run(ask)
+
+        def fetch(until: float | None) -> TrainingClient:
+            connection.result(asked.result(), until=until)
+            # The wire fixes how a run is named.
+            return cls(
+                session, _info(connection.post("get_info", {"model_id": f"{session.id}:train:{number}"}))
+            )
+
+        return TrainingClientFuture(fetch, connection.waiters)
 
     def forward(
         self, data: Sequence[Datum], loss_fn: LossFn, loss_fn_config: Mapping[str, float | str] | None = None
     ) -> Future[ForwardBackwardOutput]:
         """Losses and logprobs; the accumulated gradient stays as it is."""
-        return self._connection.start(self._pass(pack(data, loss_fn, loss_fn_config, forward_only=True)))
+        sent = []
+        for body in self._bodies(data, loss_fn, loss_fn_config, forward_only=True):
+            sent += [self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)]
+        return self._output(sent)
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: LossFn, loss_fn_config: Mapping[str, float | str] | None = None
     ) -> Future[ForwardBackwardOutput]:
         """Losses and logprobs; adds the gradient of the summed loss to the accumulated one."""
-        return self._connection.start(self._pass(pack(data, loss_fn, loss_fn_config)))
+        sent = []
+        for body in self._bodies(data, loss_fn, loss_fn_config):
+            sent += [self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)]
+        return self._output(sent)
 
     def forward_backward_custom(
-        self, data: Sequence[Datum], loss_fn: CustomLoss, *, arrays: Literal["torch", "numpy"] = "torch"
+        self,
+        data: Sequence[Datum],
+        loss_fn: CustomLoss | LossHandle,
+        *,
+        loss_type_input: Literal["logprobs"] | None = None,
+        arrays: Literal["torch", "numpy"] = "torch",
     ) -> Future[ForwardBackwardOutput]:
         """A loss of your own over the targets' logprobs, computed here; two passes on the service.
 
         arrays="torch": loss_fn(data, logprobs) gets one tensor per datum that requires grad, and returns
         (loss, metrics). arrays="numpy": it gets float32 arrays and returns (loss, gradients, metrics),
-        gradients[i] being dloss/dlogprobs[i]. Calls made later are submitted after it.
+        gradients[i] being dloss/dlogprobs[i]. Returns once the second pass is submitted; in an event loop at
+        once. `loss_type_input` is the official SDK's, and has one value.
         """
-        zeros = [_cross_entropy(datum, datum.loss_fn_inputs.get("weights")) for datum in data]
-        forward = pack(zeros, "cross_entropy", forward_only=True)
-        differentiate = _differentiate_torch if arrays == "torch" else _differentiate_numpy
-        return self._connection.start(self._custom_pass(data, forward, loss_fn, differentiate))
+        if loss_type_input not in (None, "logprobs"):
+            raise InvalidInput(f"a custom loss gets logprobs, not {loss_type_input!r}")
+        requests = self._pack(
+            [custom_loss.for_logprobs(datum) for datum in data], "cross_entropy", None, True
+        )
+        # Taken now: calls made later come after both passes, whatever the loss does meanwhile.
+        forward = [self._number(request) for request in requests]
+        backward = list(itertools.islice(self._seq_ids, len(requests)))
+        counts = [len(request.data) for request in requests]
 
-    def optim_step(self, adam_params: AdamParams | None = None) -> Future[OptimStepResponse]:
-        """One AdamW step with the accumulated gradient, which it clears."""
-        fields = {"adam_params": asdict(adam_params or AdamParams())}
-        return self._operate("optim_step", fields, lambda answer: OptimStepResponse(answer.get("metrics")))
+        def run() -> tuple[Future[ForwardBackwardOutput], float, dict[str, float]]:
+            try:
+                seen = self._output([self._send_pass(body) for body in forward]).result()
+                logprobs = [output["logprobs"].to_numpy() for output in seen.loss_fn_outputs]
+                differentiate = (
+                    custom_loss.differentiate_torch if arrays == "torch" else custom_loss.differentiate_numpy
+                )
+                loss, gradients, metrics = differentiate(loss_fn, data, logprobs)
+                surrogate = iter(map(custom_loss.for_gradient, data, gradients))
+                bodies = [
+                    self._number(pack(list(itertools.islice(surrogate, count)), "cross_entropy")[0], seq_id)
+                    for seq_id, count in zip(backward, counts, strict=True)
+                ]
+            except BaseException:
+                self._skip(backward)
+                raise
+            return self._output([self._send_pass(body) for body in bodies]), loss, metrics
+
+        passed = self._connection.run(run)
+
+        def fetch(until: float | None) -> ForwardBackwardOutput:
+            answer, loss, metrics = passed.result(left(until))
+            output = answer.result(left(until))
+            own = {"surrogate_loss:sum": output.metrics["loss:sum"], "loss:sum": loss, **metrics}
+            return replace(output, metrics={**output.metrics, **own})
+
+        return Future(fetch, self._connection.waiters)
+
+    def logprobs(self, inputs: Sequence[ModelInput | Sequence[int]]) -> Future[list[npt.NDArray[np.float32]]]:
+        """Of each input's N tokens the logprob given those before it, under the weights as they are after the
+        calls made so far: [N], NaN for the first. No gradient."""
+        tokens = [x.to_ints() if isinstance(x, ModelInput) else list(x) for x in inputs]
+        data = [
+            Datum(ModelInput.from_ints(t[:-1]), {"target_tokens": t[1:], "weights": [1.0] * (len(t) - 1)})
+            for t in tokens
+        ]
+        return self.forward(data, "cross_entropy").then(
+            lambda output: [
+                np.concatenate([[np.nan], one["logprobs"].to_numpy()]).astype(np.float32)
+                for one in output.loss_fn_outputs
+            ]
+        )
+
+    def optim_step(
+        self, optim_params: OptimParams | None = None, *, adam_params: AdamParams | None = None
+    ) -> Future[OptimStepResponse]:
+        """One step with the accumulated gradient, which it clears; AdamW unless the run has another
+        optimizer. `adam_params` is the older name of `optim_params`."""
+        params = optim_params or adam_params or AdamParams()
+        field = "adam_params" if isinstance(params, AdamParams) else "optimizer_params"
+        sent = self._connection.send("POST", "optim_step", json=self._named({field: asdict(params)}))
+        return self._promise(sent, lambda answer: OptimStepResponse(answer.get("metrics")))
 
     def save_state(
         self,
@@ -103,15 +195,22 @@ class TrainingClient:
             "overwrite": overwrite,
             "user_metadata": user_metadata,
         }
-        return self._operate("save_weights", fields, lambda answer: SaveWeightsResponse(answer["path"]))
+        sent = self._connection.send("POST", "save_weights", json=self._named(fields))
+        return self._promise(sent, lambda answer: SaveWeightsResponse(answer["path"]))
 
-    def load_state(self, path: str) -> Future[LoadWeightsResponse]:
+    def load_state(self, path: str, weights_access_token: str | None = None) -> Future[LoadWeightsResponse]:
         """Take over a checkpoint's weights; the optimizer starts anew."""
-        return self._load(path, optimizer=False)
+        fields = {"path": path, "optimizer": False, "weights_access_token": weights_access_token}
+        sent = self._connection.send("POST", "load_weights", json=self._named(fields))
+        return self._promise(sent, lambda answer: LoadWeightsResponse(answer.get("path"), self.model_id))
 
-    def load_state_with_optimizer(self, path: str) -> Future[LoadWeightsResponse]:
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> Future[LoadWeightsResponse]:
         """Go on exactly where the checkpoint left off."""
-        return self._load(path, optimizer=True)
+        fields = {"path": path, "optimizer": True, "weights_access_token": weights_access_token}
+        sent = self._connection.send("POST", "load_weights", json=self._named(fields))
+        return self._promise(sent, lambda answer: LoadWeightsResponse(answer.get("path"), self.model_id))
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: Mapping[str, str] | None = None
@@ -123,109 +222,182 @@ class TrainingClient:
             "ttl_seconds": ttl_seconds,
             "user_metadata": user_metadata,
         }
-        return self._operate(
-            "save_weights_for_sampler", fields, lambda answer: SaveWeightsForSamplerResponse(answer["path"])
+        sent = self._connection.send("POST", "save_weights_for_sampler", json=self._named(fields))
+        return self._promise(sent, lambda answer: SaveWeightsForSamplerResponse(answer["path"]))
+
+    def save_weights_external(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: list[str] | None = None,
+    ) -> Future[SaveWeightsExternalResponse]:
+        """The adapter as files that other programs load, under `tinker://{run}/external_weights/{name}`; see
+        `export` to have them here."""
+        fields = {
+            "path": name,
+            "ttl_seconds": ttl_seconds,
+            "age_encryption_recipients": age_encryption_recipients,
+        }
+        sent = self._connection.send("POST", "save_weights_external", json=self._named(fields))
+        return self._promise(
+            sent,
+            lambda answer: SaveWeightsExternalResponse(answer["path"], size_bytes=answer.get("size_bytes")),
         )
 
     def save_weights_and_get_sampling_client(
-        self, *, record_stability_info: bool = False
-    ) -> Future[SamplingClient]:
-        """A sampler of the weights as they are after the calls made so far; training on leaves it alone."""
-        fields = {"kind": "snapshot", "sampling_session_seq_id": next(self._samplers)}
-        return self._operate(
-            "save_weights_for_sampler",
-            fields,
-            lambda answer: SamplingClient(
-                self._connection, answer["sampling_session_id"], record_stability_info
-            ),
-        )
+        self,
+        name: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        kind: SamplingClientKind = "snapshot",
+    ) -> SamplingClientFuture:
+        """A sampler of the weights as they are after the calls made so far; training on leaves it alone.
+        `name` and `retry_config` are the official SDK's and change nothing, there as here."""
+        fields = {"kind": kind, "sampling_session_seq_id": next(self._session.samplers)}
+        sent = self._connection.send("POST", "save_weights_for_sampler", json=self._named(fields))
+
+        def fetch(until: float | None) -> SamplingClient:
+            sampler_id = read_json(self._connection.result(sent, until=until))["sampling_session_id"]
+            base_model = self._info.model_data.model_name
+            return SamplingClient(self._connection, sampler_id, base_model, record_stability_info)
+
+        return SamplingClientFuture(fetch, self._connection.waiters)
 
     def create_sampling_client(
-        self, model_path: str, *, record_stability_info: bool = False
-    ) -> Future[SamplingClient]:
+        self, model_path: str, retry_config: object = None, record_stability_info: bool = False
+    ) -> SamplingClientFuture:
         """As ServiceClient.create_sampling_client."""
-        return self._connection.start(
-            SamplingClient.create(
-                self._connection, next(self._samplers), model_path, None, record_stability_info
-            )
-        )
+        return SamplingClient.open(self._session, model_path, None, record_stability_info)
+
+    def fork(self, checkpoint: str | int | None = None) -> "TrainingClientFuture":
+        """A new run that goes on exactly where this one is after the calls made so far, or was at a
+        `checkpoint`: its path, its name, or the number at the end of its name."""
+        saved = None
+        if checkpoint is None:
+            saved = self.save_state(f"fork-{time.time_ns():x}", ttl_seconds=_PASSING_SECONDS)
+
+        def fields() -> dict[str, Any]:
+            if saved is not None:
+                path = saved.result().path
+            else:
+                assert checkpoint is not None
+                path = runs.find_checkpoint(self._connection, self.model_id, checkpoint)
+            return {"path": path, "optimizer": True}
+
+        return TrainingClient.open(self._session, "load_weights", fields)
+
+    def metrics(self) -> runs.Table:
+        """One row per finished call of this run: its losses or gradient norm, tokens, seconds."""
+        return runs.metrics(self._connection, self.model_id)
+
+    def cost(self) -> runs.Cost:
+        """What this run has used so far."""
+        return runs.cost(self._connection, self.model_id)
+
+    def export(self, folder: str | Path, format: Literal["peft", "merged"] = "peft", **options: Any) -> Path:
+        """Write the adapter as it is after the calls made so far to `folder`, as PEFT, transformers and vLLM
+        load it; or `merged` into its base model, which needs transformers and peft here. See
+        `tinsmith.export`."""
+        from tinsmith.export import export
+
+        return export(self, Path(folder), format, **options)
 
     def get_info(self) -> GetInfoResponse:
         return self._info
 
-    def _load(self, path: str, *, optimizer: bool) -> Future[LoadWeightsResponse]:
-        fields = {"path": path, "optimizer": optimizer}
-        return self._operate("load_weights", fields, lambda answer: LoadWeightsResponse(answer.get("path")))
+    async def get_info_async(self) -> GetInfoResponse:
+        return self._info
 
-    def _operate(
-        self, path: str, fields: Mapping[str, Any], read: Callable[[dict[str, Any]], Made]
-    ) -> Future[Made]:
-        async def operate() -> Made:
-            async with self._turn:
-                numbered = {"model_id": self.model_id, "seq_id": next(self._seq_ids), **fields}
-                promise = await self._connection.submit(path, numbered)
-            return read(await self._connection.result(promise["request_id"]))
+    def get_tokenizer(self) -> "Tokenizer":
+        """The base model's tokenizer, from the service."""
+        from tinsmith.tokenizer import fetch_tokenizer
 
-        return self._connection.start(operate())
+        data = self._info.model_data
+        found: Tokenizer = fetch_tokenizer(self._connection, data.model_name or "", data.tokenizer_id)
+        return found
 
-    async def _pass(self, requests: list[pb.ForwardBackwardRequest]) -> ForwardBackwardOutput:
-        async with self._turn:
-            request_ids = [await self._submit(request) for request in requests]
-        return await self._output(request_ids)
+    def get_console_url(self) -> str:
+        """Where the service tells of this run, with a key."""
+        return f"{self._connection.base_url}/api/v1/training_runs/{self.model_id}"
 
-    async def _custom_pass(
+    forward_async = submitted(forward)
+    forward_backward_async = submitted(forward_backward)
+    forward_backward_custom_async = submitted(forward_backward_custom)
+    optim_step_async = submitted(optim_step)
+    save_state_async = submitted(save_state)
+    load_state_async = submitted(load_state)
+    load_state_with_optimizer_async = submitted(load_state_with_optimizer)
+    save_weights_for_sampler_async = submitted(save_weights_for_sampler)
+    save_weights_external_async = submitted(save_weights_external)
+    save_weights_and_get_sampling_client_async = awaited(save_weights_and_get_sampling_client)
+    create_sampling_client_async = awaited(create_sampling_client)
+
+    def _named(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model_id": self.model_id, "seq_id": next(self._seq_ids), **given(fields)}
+
+    def _pack(
         self,
         data: Sequence[Datum],
-        forward: list[pb.ForwardBackwardRequest],
-        loss_fn: CustomLoss,
-        differentiate: Callable[[CustomLoss, Sequence[Datum], list[Array]], Differentiated],
-    ) -> ForwardBackwardOutput:
-        async with self._turn:
-            seen = await self._output([await self._submit(request) for request in forward])
-            logprobs = [output["logprobs"].to_numpy() for output in seen.loss_fn_outputs]
-            loss, gradients, metrics = await asyncio.to_thread(differentiate, loss_fn, data, logprobs)
-            # The cross entropy of weights -dC/dlogprob has the gradient of C.
-            surrogate = [
-                _cross_entropy(datum, -np.asarray(gradient, np.float32))
-                for datum, gradient in zip(data, gradients, strict=True)
-            ]
-            backward = pack(surrogate, "cross_entropy")
-            request_ids = [await self._submit(request) for request in backward]
-        output = await self._output(request_ids)
-        output.metrics["surrogate_loss:sum"] = output.metrics.pop("loss:sum")
-        output.metrics.update({"loss:sum": loss, **metrics})
-        return output
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None,
+        forward_only: bool,
+    ) -> list[pb.ForwardBackwardRequest]:
+        config = self._connection.config
+        return pack(
+            data,
+            loss_fn,
+            loss_fn_config,
+            forward_only=forward_only,
+            max_datums=config.get("fwdbwd_max_chunk_len", MAX_DATUMS),
+            max_bytes=config.get("fwdbwd_max_chunk_bytes_count", MAX_BYTES),
+        )
 
-    async def _submit(self, request: pb.ForwardBackwardRequest) -> str:
-        request.model_id, request.seq_id = self.model_id, next(self._seq_ids)
-        promise = await self._connection.submit_protobuf("forward_backward", request.SerializeToString())
-        return str(promise["request_id"])
+    def _number(self, request: pb.ForwardBackwardRequest, seq_id: int | None = None) -> bytes:
+        request.model_id, request.seq_id = self.model_id, next(self._seq_ids) if seq_id is None else seq_id
+        return request.SerializeToString()
 
-    async def _output(self, request_ids: Sequence[str]) -> ForwardBackwardOutput:
-        bodies = await asyncio.gather(*map(self._connection.result_protobuf, request_ids))
-        return merge([unpack(body) for body in bodies])
+    def _bodies(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None,
+        forward_only: bool = False,
+    ) -> Iterator[bytes]:
+        return map(self._number, self._pack(data, loss_fn, loss_fn_config, forward_only))
+
+    def _send_pass(self, body: bytes) -> Sent:
+        return self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)
+
+    def _output(self, sent: Sequence[Sent]) -> Future[ForwardBackwardOutput]:
+        def fetch(until: float | None) -> ForwardBackwardOutput:
+            return merge([unpack(self._connection.result(one, PROTOBUF, until).content) for one in sent])
+
+        return Future(fetch, self._connection.waiters)
+
+    def _promise(self, sent: Sent, read: Callable[[dict[str, Any]], Made]) -> Future[Made]:
+        return Future(
+            lambda until: read(read_json(self._connection.result(sent, until=until))),
+            self._connection.waiters,
+        )
+
+    def _skip(self, seq_ids: Sequence[int]) -> None:
+        """Use numbers up that were taken: the service waits for every one. A forward pass changes nothing."""
+        nothing = Datum(ModelInput.from_ints([0]), {"target_tokens": [0], "weights": [0.0]})
+        for seq_id in seq_ids:
+            (request,) = pack([nothing], "cross_entropy", forward_only=True)
+            self._send_pass(self._number(request, seq_id))
 
 
-def _cross_entropy(datum: Datum, weights: Any) -> Datum:
-    targets = datum.loss_fn_inputs.get("target_tokens")
-    if targets is None:
-        raise InvalidInput("a custom loss needs `target_tokens` in every datum's loss_fn_inputs")
-    if weights is None:
-        weights = np.zeros(targets.shape, np.float32)
-    return Datum(datum.model_input, {"target_tokens": targets, "weights": weights})
+class TrainingClientFuture(ClientFuture[TrainingClient], TrainingClient):
+    """The promise of a TrainingClient, which may be used as the client itself."""
 
 
-def _differentiate_torch(loss_fn: CustomLoss, data: Sequence[Datum], logprobs: list[Array]) -> Differentiated:
-    import torch
-
-    leaves = [torch.from_numpy(values.copy()).requires_grad_() for values in logprobs]
-    loss, metrics = loss_fn(data, leaves)
-    loss.backward()
-    zero = [np.zeros_like(values) for values in logprobs]
-    gradients = [z if leaf.grad is None else leaf.grad.numpy() for z, leaf in zip(zero, leaves, strict=True)]
-    return float(loss.detach()), gradients, metrics
-
-
-def _differentiate_numpy(loss_fn: CustomLoss, data: Sequence[Datum], logprobs: list[Array]) -> Differentiated:
-    loss, gradients, metrics = loss_fn(data, logprobs)
-    return float(loss), gradients, metrics
+def _info(answer: Mapping[str, Any]) -> GetInfoResponse:
+    known = {name: answer["model_data"].get(name) for name in ("arch", "model_name", "tokenizer_id")}
+    return GetInfoResponse(
+        answer["model_id"],
+        ModelData(**known),
+        lora_rank=answer.get("lora_rank"),
+        is_lora=answer.get("is_lora"),
+        model_name=answer.get("model_name"),
+    )

@@ -35,6 +35,7 @@ class Stub:
         self.requests: list[Request] = []
         self.results: dict[str, Answer] = {}
         self.answers: dict[str, Callable[[Request], Answer]] = {
+            "client/config": lambda request: Answer(body={"session_seconds": 86400}),
             "create_session": lambda request: Answer(body={"session_id": "s1"}),
             "get_info": lambda request: Answer(
                 body={"model_id": request.json["model_id"], "model_data": {"model_name": "m"}}

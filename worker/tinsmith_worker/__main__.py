@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from tinsmith_api.journal import metrics
@@ -21,6 +22,7 @@ from tinsmith_worker.contract import Engine, Sampler
 from tinsmith_worker.intake import Drain
 from tinsmith_worker.null_engine import NullEngine, NullSampler
 from tinsmith_worker.process import Worker, WorkerSettings
+from tinsmith_worker.tokenizer_files import keep_tokenizer
 
 DEFAULT_PATH = "tiny"
 """Names the base model that is made on first use."""
@@ -45,6 +47,7 @@ def main() -> None:
         engine, sampler = _open_engine(given)
     except (OSError, ValueError) as error:
         sys.exit(f"tinsmith: cannot serve {given.base_model} from {given.path}: {error}")
+    engine.facts = replace(engine.facts, tokenizer_files=keep_tokenizer(objects, engine.facts.tokenizer))
     worker = Worker(
         worker_id=worker_id,
         base_model=given.base_model,

@@ -133,6 +133,7 @@ class ModelFacts:
     architecture: str
     max_rank: int = 256
     tokenizer: str = ""  # a hub id or a folder
+    tokenizer_files: str = ""  # where in the object store they are
 
 
 class Engine(Protocol):

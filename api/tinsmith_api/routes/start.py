@@ -38,8 +38,16 @@ async def get_server_capabilities(mine: Mine) -> Response:
 @router.post("/client/config")
 async def client_config(mine: Mine) -> Response:
     # What a client does not find here stays at its default, which suits us. These switch older clients to
-    # the paths that newer ones take always; newer ones no longer know them.
-    return reply({"proto_write_fwdbwd": True, "fwd_via_fwdbwd": True, "create_model_via_load_weights": True})
+    # the paths that newer ones take always; newer ones no longer know them. Our own client asks how long a
+    # session may be silent: it has no thread for heartbeats unless it needs one.
+    return reply(
+        {
+            "proto_write_fwdbwd": True,
+            "fwd_via_fwdbwd": True,
+            "create_model_via_load_weights": True,
+            "session_seconds": mine.service.settings.session_seconds,
+        }
+    )
 
 
 @router.post("/client/dynamic_config")

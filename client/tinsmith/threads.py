@@ -1,0 +1,69 @@
+"""Threads that are borrowed where a caller must not wait."""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Threads:
+    """At most `limit` daemon threads, each started when there is work that no other is free for. A program
+    that ends does not wait for them, which it would for those of concurrent.futures."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._started = 0
+        self._lock = threading.Lock()
+        self._free = threading.Semaphore(0)
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._open: set[Future[Any]] = set()
+
+    def run(self, call: Callable[[], T]) -> "Future[T]":
+        done: Future[T] = Future()
+        done.set_running_or_notify_cancel()
+        with self._lock:
+            self._open.add(done)
+            self._work.put((done, call))
+            if not self._free.acquire(blocking=False) and self._started < self._limit:
+                self._started += 1
+                threading.Thread(target=self._live, name="tinsmith", daemon=True).start()
+        return done
+
+    def close(self, error: Exception) -> None:
+        """Everything not done yet ends with `error`, for whoever waits for it."""
+        with self._lock:
+            for done in self._open:
+                with contextlib.suppress(InvalidStateError):
+                    done.set_exception(error)
+            for _ in range(self._started):
+                self._work.put(None)
+            self._started = 0
+
+    def _live(self) -> None:
+        while (job := self._next()) is not None:
+            done, call = job
+            with contextlib.suppress(InvalidStateError):
+                try:
+                    done.set_result(call())
+                except BaseException as error:  # it belongs to who waits for it
+                    done.set_exception(error)
+            with self._lock:
+                self._open.discard(done)
+            del job, done, call
+
+    def _next(self) -> tuple["Future[Any]", Callable[[], Any]] | None:
+        try:
+            return self._work.get_nowait()
+        except queue.Empty:
+            self._free.release()
+            return self._work.get()
+
+
+def in_event_loop() -> bool:
+    """Whether this thread runs an event loop, which must not wait."""
+    return asyncio._get_running_loop() is not None

@@ -89,6 +89,14 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
     share.add_argument("--weight", type=float, help="its share of a busy worker; default 1")
     share.add_argument("--max-runs", type=int, help="how many runs it may have open; 0: the default")
     share.add_argument("--max-queued", type=int, help="how many calls of it may wait; 0: the default")
+    share.add_argument("--max-queued-bytes", type=int, help="how large they may be in all; 0: the default")
+    share.add_argument(
+        "--max-page-bytes",
+        type=int,
+        help="what its adapters may fill of a worker's memory; 0: no limit. A change counts for the runs "
+        "that come from then on",
+    )
+    share.add_argument("--priority", type=int, help="whose is higher is served first; default 0")
     everyone = tenants.add_parser("list")
     for verb in (share, everyone):
         verb.set_defaults(run=_tenants)
@@ -243,14 +251,22 @@ def _tenants(given: argparse.Namespace) -> None:
             "weight": given.weight,
             "max_runs": given.max_runs,
             "max_queued": given.max_queued,
+            "max_queued_bytes": given.max_queued_bytes,
+            "max_page_bytes": given.max_page_bytes,
+            "priority": given.priority,
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         if not journal.write(lambda c: identities.change_tenant(c, given.tenant, changes)).result():
             sys.exit(f"tinsmith: no tenant {given.tenant!r}: `tinsmith admin tenants list` shows them")
     else:
         for row in journal.read(identities.list_tenants).result():
-            runs, queued = (n if n else "default" for n in (row.max_runs, row.max_queued))
-            print(f"{row.name}  weight {row.weight:g}  max-runs {runs}  max-queued {queued}")
+            own = (row.max_runs, row.max_queued, row.max_queued_bytes)
+            runs, queued, queued_bytes = (n if n else "default" for n in own)
+            print(
+                f"{row.name}  weight {row.weight:g}  priority {row.priority}  max-runs {runs}  "
+                f"max-queued {queued}  max-queued-bytes {queued_bytes}  "
+                f"max-page-bytes {row.max_page_bytes or 'none'}"
+            )
     journal.close()
 
 

@@ -66,7 +66,7 @@ def run_jobs(settings: Settings) -> None:
     controller: Any = WorkController(
         app=app,
         pool="threads",
-        concurrency=2,
+        concurrency=len(PERIODS),  # so that no long chore keeps the others waiting
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,

@@ -6,6 +6,7 @@ job may run twice, or at the same time as itself.
 
 import functools
 import logging
+import threading
 import time
 
 import sqlalchemy as sa
@@ -39,20 +40,31 @@ class House:
         self.settings = settings
         self.journal = journal
         self.objects = objects
+        self._doing = {chore: threading.Lock() for chore in PERIODS}
 
     def do(self, chore: str) -> None:
-        """One of PERIODS. What goes wrong is logged, and tried again when it is due again."""
+        """One of PERIODS; nothing if this process is still at it. What goes wrong is logged, and tried again
+        when it is due again."""
+        if not self._doing[chore].acquire(blocking=False):
+            return
         try:
             getattr(self, chore)()
         except Exception:
             log.exception("%s failed; it is tried again in %g s", chore, PERIODS[chore])
+        finally:
+            self._doing[chore].release()
 
     def sweep(self) -> None:
         """See to pools whose workers are all gone, and count what waits. Workers see to each other sooner."""
+        # Wide: workers of the same pool are closer to each other than this process is to them.
+        patience = 5 * self.settings.lease_seconds if self.settings.is_fleet else None
+        if patience is not None:
+            silent = functools.partial(leases.somebody_is_silent, dead_after_seconds=patience)
+            if self.journal.read(silent).result():
+                # So is everybody after the database was gone. Within a lease, those that live have beaten.
+                time.sleep(self.settings.lease_seconds)
         counts = self.journal.read(ops.queued_counts).result()
         for name, pool in self._pools().items():
-            # Wide: this process may have been cut off itself.
-            patience = 5 * self.settings.lease_seconds if self.settings.is_fleet else None
             self.journal.write(
                 functools.partial(leases.sweep, base_model=name, dead_after_seconds=patience)
             ).result()
@@ -78,6 +90,9 @@ class House:
 
     def collect_garbage(self) -> None:
         for prefix in self.journal.read_apart(checkpoints.due_garbage).result():
+            claim = functools.partial(checkpoints.claim_garbage, object_prefix=prefix)
+            if not self.journal.write(claim).result():
+                continue
             try:
                 self.objects.delete(prefix)
             except OSError as error:

@@ -27,6 +27,7 @@ Json = dict[str, Any]
 
 # How long a call waits for a base model that is being loaded; clients hang up after a minute.
 _LOADING_SECONDS = 50.0
+_PROMISES_AT_MOST = 100_000
 
 
 class TooMany(Exception):  # noqa: N818 - answered as 429
@@ -64,6 +65,8 @@ class Wakeups:
         self._unfinished: dict[str, str] = {}
 
     def promise(self, request_id: str, tenant_id: str) -> None:
+        if len(self._unfinished) >= _PROMISES_AT_MOST:  # whose end was never heard of, some of them
+            self._unfinished.clear()
         self._unfinished[request_id] = tenant_id
 
     def retract(self, request_id: str) -> None:
@@ -231,20 +234,37 @@ class Service:
         if usage is None:
             usage = await self.read(lambda c: ops.usage(c, operation.tenant_id))
             self._usage.put(operation.tenant_id, usage)
+        size_bytes = len(operation.payload or b"")
+        if refusal := self._refusal(usage, operation, size_bytes):
+            # A call that is sent again was let in before.
+            if not await self.read(lambda c: ops.is_known(c, operation.subject, operation.seq_id)):
+                raise refusal
+            return
+        usage.queued += 1
+        usage.queued_bytes += size_bytes
+        usage.runs += operation.kind == ops.CREATE_MODEL
+
+    def _refusal(self, usage: ops.Usage, operation: Operation, size_bytes: int) -> Exception | None:
         limit = usage.max_queued or self.settings.max_queued
         if usage.queued >= limit:
-            raise TooMany(
+            return TooMany(
                 f"{usage.queued} calls of yours wait to be executed, the limit is {limit}: "
+                "wait for some of their results before sending more"
+            )
+        limit = usage.max_queued_bytes or self.settings.max_queued_bytes
+        # One call is always let in, or it never could be.
+        if usage.queued and usage.queued_bytes + size_bytes > limit:
+            return TooMany(
+                f"{usage.queued_bytes:,} bytes of your calls wait to be executed, the limit is {limit:,}: "
                 "wait for some of their results before sending more"
             )
         limit = usage.max_runs or self.settings.max_runs
         if operation.kind == ops.CREATE_MODEL and usage.runs >= limit:
-            raise InvalidInput(
+            return InvalidInput(
                 f"{usage.runs} runs of yours are open, the limit is {limit}: finish the sessions that "
                 "you no longer need"
             )
-        usage.queued += 1
-        usage.runs += operation.kind == ops.CREATE_MODEL
+        return None
 
     async def pools(self) -> dict[str, Pool]:
         found = self._pools.get("")

@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     # What one tenant may have at once, unless `tinsmith admin tenants set` says otherwise.
     max_runs: int = Field(10_000, ge=1)
     max_queued: int = Field(20_000, ge=1)
+    max_queued_bytes: int = Field(8 << 30, ge=1)
     # A client beats every 10 s. One that has not for so long is gone: its session is over.
     session_seconds: float = Field(86400.0, ge=60)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from pydantic import SecretStr
 
 from tinsmith.errors import InvalidInput
 from tinsmith_api.embedded import Workers
 from tinsmith_api.house import PERIODS, House
-from tinsmith_api.journal import checkpoints, identities
+from tinsmith_api.journal import checkpoints, identities, leases
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Store
@@ -233,3 +235,45 @@ def test_housekeeping_forgets_everything_old_however_much_there_is(settings: Set
     assert journal.read(left).result() == [0, 0, 0]
     assert not (settings.folder / "objects/checkpoints/r/1").exists()
     journal.close()
+
+
+def test_jobs_give_up_nobody_who_only_had_no_database(settings: Settings, journal: Flaky) -> None:
+    fleet = settings.model_copy(update={"redis": SecretStr("redis://nowhere"), "lease_seconds": 1.0})
+    house = House(fleet, journal, open_objects(settings))
+
+    def enter(c: sa.Connection) -> None:
+        for name in ("lives", "died"):
+            leases.register_worker(c, name, "m", {})
+            leases.describe_worker(c, name, {"vocab_size": 7})
+        c.execute(worker_rows.update().values(heartbeat_at=worker_rows.c.heartbeat_at - 60))
+
+    journal.write(enter).result()
+    beating = threading.Timer(
+        0.3, lambda: journal.write(lambda c: leases.beat(c, "lives", "m", dead_after_seconds=None))
+    )
+    beating.start()
+    house.do("sweep")
+    beating.join()
+    living = sa.select(worker_rows.c.id).where(worker_rows.c.stopped_at.is_(None))
+    assert journal.read(lambda c: c.execute(living).scalars().all()).result() == ["lives"]
+
+
+def test_a_job_that_takes_long_is_not_begun_twice(settings: Settings, journal: Flaky) -> None:
+    class Slow(House):
+        began = 0
+
+        def sweep(self) -> None:
+            self.began += 1
+            gate.wait(10)
+
+    gate, house = threading.Event(), Slow(settings, journal, open_objects(settings))
+    first = threading.Thread(target=house.do, args=["sweep"])
+    first.start()
+    while not house.began:
+        time.sleep(0.01)
+    house.do("sweep")
+    assert house.began == 1
+    gate.set()
+    first.join()
+    house.do("sweep")
+    assert house.began == 2

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tinsmith_api.journal import checkpoints, identities, leases
+from tests.chaos.proxy import Proxy
+from tinsmith_api.journal import checkpoints, identities, leases, snapshots
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import LeaseLost, Operation, insert_if_new
-from tinsmith_api.journal.store import Store
-from tinsmith_api.journal.tables import metadata, payloads, results, runs, sessions, tenants, workers
+from tinsmith_api.journal.store import Store, Unavailable
+from tinsmith_api.journal.tables import garbage, metadata, payloads, results, runs, sessions, tenants, workers
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -210,7 +211,7 @@ def test_a_worker_whose_lease_passed_on_can_write_nothing(store: Store, run: str
         finish(store, request_id, "w1", epoch=1)
     snapshot = {"seq_id": 1, "key": "k", "worker_id": "w1", "epoch": 1}
     with pytest.raises(LeaseLost):
-        store.write(lambda c: ops.record_snapshot(c, "r", **snapshot)).result()  # type: ignore[arg-type]
+        store.write(lambda c: snapshots.record(c, "r", **snapshot)).result()  # type: ignore[arg-type]
     assert finish(store, request_id, "w2", epoch=2)
 
 
@@ -218,8 +219,10 @@ def test_a_snapshot_purges_what_it_covers_and_nothing_else(store: Store, run: st
     for seq in (1, 2, 3):
         finish(store, submit(store, seq))
     submit(store, 4)
+    for key in ("k1", "k2"):
+        store.write(lambda c, key=key: snapshots.announce(c, key)).result()  # type: ignore[misc]
     record = {"seq_id": 2, "key": "k1", "worker_id": "w1", "epoch": 1}
-    assert store.write(lambda c: ops.record_snapshot(c, "r", **record)).result() is None  # type: ignore[arg-type]
+    assert store.write(lambda c: snapshots.record(c, "r", **record)).result() is None  # type: ignore[arg-type]
     behind = store.read(lambda c: ops.history(c, "r", 2)).result()
     assert [(o.seq_id, o.state) for o in behind] == [(3, "done"), (4, "queued")]
     kept = store.read(lambda c: ops.fetch(c, [o.request_id for o in behind])).result()
@@ -231,7 +234,7 @@ def test_a_snapshot_purges_what_it_covers_and_nothing_else(store: Store, run: st
         == 2
     )
     record = {**record, "seq_id": 3, "key": "k2"}
-    assert store.write(lambda c: ops.record_snapshot(c, "r", **record)).result() == "k1"  # type: ignore[arg-type]
+    assert store.write(lambda c: snapshots.record(c, "r", **record)).result() == "k1"  # type: ignore[arg-type]
 
 
 def test_a_refused_submission_is_failed_from_the_start(store: Store, run: str) -> None:
@@ -366,3 +369,90 @@ def test_a_pool_s_facts_come_from_its_newest_worker(store: Store) -> None:
     assert pools["m"].facts == {"vocab_size": 2}
     assert pools["m"].ready == ("w1", "w2")
     assert list(pools) == ["m"]
+
+
+def test_while_the_database_is_gone_nobody_waits_longer_than_was_promised(
+    store: Store,
+) -> None:
+    if store.url.get_backend_name() == "sqlite":
+        pytest.skip("a file is there or is not")
+    assert store.url.port is not None
+    line = Proxy(store.url.port)
+    through = Store(store.url.set(port=line.port).render_as_string(), patience_seconds=1.0)
+    line.cut()
+    time.sleep(0.2)  # it is cut on a thread of its own
+    started = time.monotonic()
+    asked = [through.write(lambda c: c.execute(sa.text("select 1")).one()) for _ in range(200)] + [
+        through.read(lambda c: c.execute(sa.text("select 1")).one()) for _ in range(50)
+    ]
+    for future in asked:
+        with pytest.raises(Unavailable):
+            future.result(timeout=20)
+    assert time.monotonic() - started < 4, "one after the other had its own patience"
+    line.heal()
+    through.write(lambda c: None).result(timeout=20)
+    through.close()
+    line.close()
+
+
+def test_a_snapshot_is_garbage_until_it_is_recorded_and_never_both(store: Store, run: str) -> None:
+    def garbage_is() -> dict[str, float]:
+        rows = store.read(lambda c: c.execute(sa.select(garbage)).all()).result()
+        return {row.object_prefix: row.delete_after for row in rows}
+
+    def record(key: str, seq_id: int) -> None:
+        given = {"seq_id": seq_id, "key": key, "worker_id": "w1", "epoch": 1}
+        store.write(lambda c: snapshots.record(c, "r", **given)).result()  # type: ignore[arg-type]
+
+    finish(store, submit(store, 1))
+    finish(store, submit(store, 2))
+    for key in ("k1", "k2", "late"):
+        store.write(lambda c, key=key: snapshots.announce(c, key)).result()  # type: ignore[misc]
+    assert min(garbage_is().values()) > time.time() + 3600
+    record("k1", 1)
+    assert garbage_is().keys() == {"k2", "late"}
+    assert store.read(checkpoints.due_garbage).result() == []
+    record("k2", 2)
+    assert store.read(checkpoints.due_garbage).result() == ["k1"], "the one it replaced"
+    # Whoever slept while it wrote may find that somebody tidied up.
+    store.write(lambda c: c.execute(garbage.update().values(delete_after=1.0))).result()
+    finish(store, submit(store, 3))
+    with pytest.raises(snapshots.Unfinished, match="too long"):
+        record("late", 3)
+    assert store.write(lambda c: checkpoints.claim_garbage(c, "late")).result()
+    assert not store.write(lambda c: checkpoints.claim_garbage(c, "late")).result(), "one deletes it"
+    assert not store.write(lambda c: checkpoints.claim_garbage(c, "k2")).result(), "it is in use"
+
+
+def test_what_a_failed_save_wrote_is_collected(store: Store, run: str) -> None:
+    tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
+    row = {"path": "p", "run_id": "r", "tenant_id": tenant, "kind": "weights", "name": "n", "listed": True}
+    more = {"request_id": "q", "object_prefix": "half/written", "lora": {}, "user_metadata": {}}
+    store.write(lambda c: checkpoints.reserve(c, {**row, **more})).result()
+    store.write(lambda c: checkpoints.free_name(c, "q")).result()
+    found = store.read(lambda c: c.execute(sa.select(garbage.c.object_prefix)).scalars().all()).result()
+    assert found == ["half/written"]
+
+
+def test_a_flood_keeps_nobody_else_s_call_from_being_heard_of(store: Store, run: str) -> None:
+    for seq in range(1, 31):
+        submit(store, seq)
+    other = store.write(lambda c: identities.create_key(c, "other")).result()
+    tenant = store.read(lambda c: identities.tenant_of_key(c, identities.sha256(other))).result()
+    assert tenant
+    sample = Operation("s", 0, ops.SAMPLE, tenant, "m", payload=b"", worker_id="w1")
+    late = store.write(lambda c: ops.submit(c, sample)).result()[0].request_id
+    assert late in store.read(lambda c: ops.backlog(c, "w1", "m", at_most=10)).result()
+
+
+def test_what_waits_is_counted_in_calls_and_bytes(store: Store, run: str) -> None:
+    tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
+    first = submit(store, 1)
+    submit(store, 2)
+    used = store.read(lambda c: ops.usage(c, tenant)).result()
+    assert (used.queued, used.queued_bytes) == (2, 2 * len(b"body"))
+    finish(store, first)
+    used = store.read(lambda c: ops.usage(c, tenant)).result()
+    assert (used.queued, used.queued_bytes) == (1, len(b"body"))
+    assert store.read(lambda c: ops.is_known(c, "r", 2)).result()
+    assert not store.read(lambda c: ops.is_known(c, "r", 3)).result()

@@ -86,7 +86,7 @@ def test_a_silent_worker_s_waiting_runs_move_and_its_late_results_are_refused(
     store.write(lambda c: c.execute(runs.update().values(worker_id="w2", epoch=4))).result()
     request_id = submit(store, 1)
     heard = beat(store, "w3")
-    assert heard == leases.Beat(True, False, {request_id: 5})
+    assert heard == leases.Beat(True, False, {request_id: 5}, gave_up=True)
     assert holder(store) == ("w3", 5, 1)
     late = {"run_id": "r", "worker_id": "w2", "epoch": 4, "body": b"late"}
     with pytest.raises(LeaseLost):

@@ -137,7 +137,8 @@ def test_background_jobs_are_done_by_celery_when_beat_says_so(fleet: RunningFlee
 def test_limits_of_a_tenant_are_answered_with_what_to_do(fleet: RunningFleet) -> None:
     wire = Wire(fleet.url, fleet.new_key("limited"))
     fleet.admin("tenants", "set", "limited", "--max-runs", "1", "--max-queued", "3", "--weight", "2")
-    assert "limited  weight 2  max-runs 1  max-queued 3" in fleet.admin("tenants", "list")
+    listed = fleet.admin("tenants", "list")
+    assert "limited  weight 2  priority 0  max-runs 1  max-queued 3  max-queued-bytes default" in listed
     run = wire.run(MODEL)
     time.sleep(1.1)  # what a tenant has is looked up once a second
     session = wire.session()
@@ -145,11 +146,16 @@ def test_limits_of_a_tenant_are_answered_with_what_to_do(fleet: RunningFleet) ->
         "/create_model", session_id=session, model_seq_id=0, base_model=MODEL, lora_config={"rank": 4}
     )
     assert (wire.status, "the limit is 1" in more["detail"]) == (400, True)
-    for seq_id in (3, 4, 5):  # they wait for number 2, which does not come
-        assert wire.optim(run, seq_id)["request_id"]
+    # They wait for number 1, which does not come.
+    sent = {seq_id: wire.optim(run, seq_id)["request_id"] for seq_id in (3, 4, 5)}
     time.sleep(1.1)
     refused = wire.optim(run, 6)
     assert (wire.status, "the limit is 3" in refused["detail"]) == (429, True)
+    assert {n: wire.optim(run, n)["request_id"] for n in sent} == sent, "what was let in may be sent again"
+    fleet.admin("tenants", "set", "limited", "--max-queued", "0", "--max-queued-bytes", "1000")
+    time.sleep(1.1)
+    wire.submit(run, 6, datum(list(range(500))))
+    assert wire.status == 429
 
 
 def test_every_process_has_metrics(tmp_path: Path, fleet: RunningFleet) -> None:

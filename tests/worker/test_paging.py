@@ -153,7 +153,7 @@ def _trained(
         engine.optim_step(run_id, AdamParams(learning_rate=1e-2))
 
     for number, run_id in enumerate(run_ids):
-        slots.create(run_id, LoraSpec(rank=1 + number % 3, seed=number))
+        slots.create(run_id, LoraSpec(rank=1 + number % 3, seed=number), "t")
     if spread:
         for step in range(3):
             for run_id in run_ids:
@@ -191,11 +191,55 @@ def test_an_adapter_larger_than_all_slots_has_the_device_to_itself() -> None:
     engine = Watched()
     slots = Slots(engine, slot_bytes=1, host_bytes=0)
     for name in ("a", "b"):
-        slots.create(name, LoraSpec(rank=1, seed=1))
+        slots.create(name, LoraSpec(rank=1, seed=1), "t")
     assert (engine.holds("a"), engine.holds("b"), slots.holds("a")) == (False, True, True)
     slots.bring(["a"])
     assert (engine.holds("a"), engine.holds("b")) == (True, False)
-    assert slots.surplus(is_idle=lambda _: True) == ["b"]
-    assert slots.surplus(is_idle=lambda _: False) == []
+    assert slots.surplus({}, is_idle=lambda _: True) == ["b"]
+    assert slots.surplus({}, is_idle=lambda _: False) == []
     slots.drop("b")
     assert not slots.holds("b")
+
+
+def test_nobody_is_pushed_out_by_somebody_else_s_many_runs() -> None:
+    engine = Watched()
+    slots = Slots(engine, slot_bytes=4 * 16, host_bytes=1 << 20)
+    spec = LoraSpec(rank=1, seed=1)
+    slots.create("mine", spec, "few")
+    for number in range(20):
+        slots.create(f"r{number}", spec, "many")
+    assert engine.holds("mine"), "used least recently, and yet the only one of its tenant"
+    assert [r for r in engine._runs if r != "mine"] == ["r17", "r18", "r19"]
+    slots.host_bytes = 5 * 12
+    for number in range(4):
+        slots.create(f"m{number}", spec, "few")
+    leaving = slots.surplus({}, is_idle=lambda _: True)
+    assert leaving
+    assert {slots._tenants[r] for r in leaving} == {"many"}
+
+
+def test_a_tenant_beyond_its_limit_makes_room_and_nobody_else() -> None:
+    slots = Slots(Watched(), slot_bytes=1 << 20, host_bytes=1 << 20)
+    spec = LoraSpec(rank=1, seed=1)
+    for number in range(6):
+        slots.create(f"a{number}", spec, "limited")
+        slots.create(f"b{number}", spec, "free")
+    slots.bring(["a0"])
+    assert slots.surplus({"limited": 3 * 16}, is_idle=lambda _: True) == ["a1", "a2", "a3"]
+    assert slots.surplus({"limited": 3 * 16}, is_idle=lambda r: r != "a2") == ["a1", "a3", "a4"]
+    assert slots.surplus({}, is_idle=lambda _: True) == []
+
+
+def test_a_tenant_s_limit_on_memory_is_kept_and_its_runs_go_on(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.sql("update tenants set max_page_bytes = 32")
+    house.start("w1", slot_bytes=1 << 20, host_bytes=1 << 20)
+    worker = house.worker
+    assert worker is not None
+    for name in "abcdef":
+        house.run(name)
+        house.outcome(house.train(name, 1, 1, 2, 3))
+    wait_until(lambda: len(worker.held) <= 2, 10, "leaving memory")
+    for name in "abcdef":
+        assert house.gradient_of(house.step(name, 2)) == 3
+    house.drain()

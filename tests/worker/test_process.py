@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from tests.e2e.wire import datum
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.batch import TrainOutput
-from tinsmith_api.journal import identities, leases
+from tinsmith_api.journal import identities, leases, snapshots
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.objects import DirectoryStore
 from tinsmith_api.journal.operations import Operation, Outcome
@@ -81,6 +81,7 @@ class House:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.journal = Store(f"sqlite:///{folder / 'journal.db'}")
+        self.objects = DirectoryStore(folder / "objects")
         self.tenant = self.journal.write(self._tenant).result()
         self.worker: Worker | None = None
 
@@ -111,7 +112,7 @@ class House:
             worker_id=name,
             base_model="m",
             journal=Store(str(self.journal.url)),
-            objects=DirectoryStore(self.folder / "objects"),
+            objects=self.objects,
             engine=self.engine,
             sampler=NullSampler(),
             channel=Channel(theirs.detach()),
@@ -155,6 +156,11 @@ class House:
 
     def step(self, run: str, seq: int, *, ring: bool = True) -> str:
         return self.submit(run, seq, ops.OPTIM_STEP, json.dumps({"adam_params": {}}).encode(), ring=ring)
+
+    def train_and_step(self, run: str, turn: int) -> str:
+        """The step of the `turn`th pair of calls, after a pass over two tokens."""
+        self.train(run, 2 * turn - 1, 1, 2)
+        return self.step(run, 2 * turn)
 
     def outcome(self, request_id: str, *, pause: float = 0.01) -> Outcome:
         deadline = time.monotonic() + 20
@@ -318,9 +324,9 @@ def test_a_snapshot_never_covers_a_call_without_result(house: House) -> None:
     epoch = house.worker.intake.known["a"]
 
     def record(c):  # type: ignore[no-untyped-def]
-        return ops.record_snapshot(c, "a", seq_id=2, key="k", worker_id="w1", epoch=epoch)
+        return snapshots.record(c, "a", seq_id=2, key="k", worker_id="w1", epoch=epoch)
 
-    with pytest.raises(ops.Unfinished):
+    with pytest.raises(snapshots.Unfinished):
         house.journal.write(record).result()
     house.line.sendall(f"ring {waiting}\n".encode())
     assert house.outcome(waiting).error is None

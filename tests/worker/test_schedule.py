@@ -158,3 +158,44 @@ def test_a_gap_that_closes_in_time_is_forgotten() -> None:
     assert plan.next_deadline() is None
     assert names(plan.next_batch(9.0)) == ["a-1", "a-2"]
     assert plan.overdue(100.0) == []
+
+
+def test_a_flood_of_calls_without_a_pass_keeps_no_pass_waiting() -> None:
+    schedule = Schedule(pass_tokens=100, gap_seconds=600)
+    for number in range(300):
+        schedule.open_run(f"a{number}", "flooding", 1)
+        schedule.add(Item(f"a{number}", f"a{number}", 1, OTHER), 0.0)
+    schedule.open_run("b", "other", 1)
+    schedule.add(Item("b1", "b", 1, FORWARD_BACKWARD, 10), 0.0)
+    first = schedule.next_batch(0.0)
+    assert 0 < len(first) <= 8
+    assert [item.run_id for item in schedule.next_batch(0.0)] == ["b"]
+    left = 300 - len(first)
+    while batch := schedule.next_batch(1.0):
+        left -= len(batch)
+    assert left == 0
+
+
+def test_a_higher_priority_is_served_first_whatever_the_shares() -> None:
+    schedule = Schedule(pass_tokens=10, gap_seconds=600)
+    schedule.open_run("low", "l", 1, weight=1000.0)
+    schedule.open_run("high", "h", 1, priority=1)
+    for seq_id in range(1, 6):
+        schedule.add(Item(f"l{seq_id}", "low", seq_id, FORWARD_BACKWARD, 10), 0.0)
+        schedule.add(Item(f"h{seq_id}", "high", seq_id, FORWARD_BACKWARD, 10), 0.0)
+    served = [schedule.next_batch(0.0)[0].run_id for _ in range(10)]
+    assert served == ["high"] * 5 + ["low"] * 5
+
+
+def test_what_leaves_a_copy_waits_while_the_archive_is_full_and_holds_up_no_other_run() -> None:
+    schedule = Schedule(pass_tokens=10, gap_seconds=600)
+    for run_id in ("a", "b"):
+        schedule.open_run(run_id, "t", 1)
+        schedule.add(Item(f"{run_id}1", run_id, 1, OTHER, copies=True), 0.0)
+    schedule.open_run("c", "t", 1)
+    schedule.add(Item("c1", "c", 1, FORWARD_BACKWARD, 10), 0.0)
+    schedule.archive_is_full = True
+    assert [item.run_id for item in schedule.next_batch(0.0)] == ["c"]
+    assert not schedule.ready()
+    schedule.archive_is_full = False
+    assert [len(schedule.next_batch(0.0)) for _ in range(3)] == [1, 1, 0], "one copy, then look again"

@@ -42,7 +42,7 @@ def main() -> None:
     # A worker has nothing better to do than to wait for the database: its results must not be lost.
     journal = Store(os.environ["TINSMITH_DATABASE"], patience_seconds=math.inf)
     objects = _open_objects()
-    channel = _open_channel(given, journal, worker_id)
+    channel = _open_channel(given, worker_id)
     try:
         engine, sampler = _open_engine(given)
     except (OSError, ValueError) as error:
@@ -113,13 +113,13 @@ def _open_objects() -> ObjectStore:
         sys.exit(f"tinsmith: {error}")
 
 
-def _open_channel(given: argparse.Namespace, journal: Store, worker_id: str) -> Line:
+def _open_channel(given: argparse.Namespace, worker_id: str) -> Line:
     if given.channel is not None:
         return Channel(given.channel)
     from tinsmith_worker.fleet_channel import FleetChannel
 
     return FleetChannel(
-        journal,
+        Store(os.environ["TINSMITH_DATABASE"], patience_seconds=math.inf),
         os.environ["TINSMITH_REDIS"],
         worker_id,
         given.base_model,

@@ -3,7 +3,9 @@
 One thread, in the order of asking. A snapshot is recorded only once everything it covers has its result.
 """
 
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
-from tinsmith_api.journal import metrics
+from tinsmith_api.journal import metrics, snapshots
 from tinsmith_api.journal import operations as ops
-from tinsmith_api.journal.checkpoints import discard_objects
+from tinsmith_api.journal.checkpoints import forget_garbage
 from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import ObjectStore
-from tinsmith_api.journal.operations import LeaseLost, Operation, Unfinished
+from tinsmith_api.journal.operations import LeaseLost, Operation
+from tinsmith_api.journal.snapshots import Unfinished
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers, checkpoints
 from tinsmith_worker.contract import AdapterState, Failure
@@ -28,6 +31,8 @@ Json = dict[str, Any]
 
 
 _MAX_PAUSE_SECONDS = 5.0
+# What waits to be written is a copy of an adapter, and whoever comes next stands behind it.
+_COPIES_AT_MOST = 16
 
 
 @dataclass
@@ -36,13 +41,16 @@ class RecoveryPoint:
 
     seq_id: int
     taken_at: float
+    computed_seconds: float = 0.0  # since then
     write_seconds: float = 0.0
     writing: bool = False
 
 
 class Archive:
-    """`seconds`: a run is snapshotted this long after its last snapshot. `patience_seconds`: so long after it
-    was asked for, a checkpoint that could not be written is given up; a snapshot at once, the next one comes.
+    """`seconds`: a run is snapshotted this long after its last snapshot, one that computes little more
+    rarely. `patience_seconds`: so long after it was asked for, a checkpoint that could not be written is
+    given up; a snapshot at once, the next one comes. `room_bytes`: how much may wait to be written before
+    `has_room` says no; `on_room` hears that it says yes again.
     """
 
     def __init__(
@@ -54,7 +62,9 @@ class Archive:
         base_model: str,
         seconds: float,
         patience_seconds: float = 120.0,
+        room_bytes: int = 1 << 40,
         on_lost: Callable[[str, int], None],
+        on_room: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
         self._objects = objects
@@ -63,8 +73,33 @@ class Archive:
         self._seconds = seconds
         self._patience_seconds = patience_seconds
         self._on_lost = on_lost
+        self._room_bytes = room_bytes
+        self._on_room = on_room
+        self._copies: list[int] = []  # bytes of each that waits, in the order of asking
+        self._counting = threading.Lock()
         self._is_hurried = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another copy of an adapter may be handed over. The first always may."""
+        copies = self._copies
+        return not copies or (len(copies) < _COPIES_AT_MOST and sum(copies) < self._room_bytes)
+
+    def _submit(self, state: AdapterState, write: Callable[[], None]) -> None:
+        with self._counting:
+            self._copies = [*self._copies, state.nbytes]
+        self._thread.submit(self._run, write)
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        finally:
+            with self._counting:
+                was_full = not self.has_room
+                self._copies = self._copies[1:]
+            if was_full:
+                self._on_room()
 
     def save(self, operation: Operation, given: Json, lora: Json, state: AdapterState) -> None:
         """Write a checkpoint and finish the operation that asked for it."""
@@ -75,6 +110,7 @@ class Archive:
 
         # From now, and not from when its turn comes: a store that is gone is gone for all that wait.
         until = time.monotonic() + self._patience_seconds
+        epoch = self._outbox.epoch(operation)
 
         def write() -> None:
             try:
@@ -92,9 +128,11 @@ class Archive:
                 return
             row = answers.checkpoint_row(operation, given, lora, size)
             body = answers.json_body(answers.saved(given))
-            self._outbox.commit(operation, lambda c: answers.publish(c, operation, given, row), body=body)
+            self._outbox.commit(
+                operation, epoch, lambda c: answers.publish(c, operation, given, row), body=body
+            )
 
-        self._thread.submit(write)
+        self._submit(state, write)
 
     def _put(self, prefix: str, files: dict[str, bytes], until: float) -> int:
         pause = 0.1
@@ -109,9 +147,11 @@ class Archive:
             pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
     def is_due(self, point: RecoveryPoint) -> bool:
+        # What is repeated after a crash is computing: a run that did little of it has time.
+        is_busy = point.computed_seconds >= self._seconds / 4
         # A snapshot that takes long to write is taken more rarely: at most a twentieth of the time.
-        interval = max(self._seconds, 20 * point.write_seconds)
-        return not point.writing and time.monotonic() - point.taken_at >= interval
+        interval = max(self._seconds if is_busy else 8 * self._seconds, 20 * point.write_seconds)
+        return not point.writing and time.monotonic() - point.taken_at >= interval and self.has_room
 
     def snapshot(
         self,
@@ -125,6 +165,7 @@ class Archive:
         """Write `state`, the run after operation `seq_id`, and move its recovery point there; `then` is
         called in the end, whether it was moved or not."""
         point.writing = True
+        point.computed_seconds = 0.0
         # Operations up to seq_id will not be executed again, so their results must be on disk first. They
         # were handed to the outbox before this line.
         results_handed_over = self._outbox.handed_over()
@@ -133,10 +174,12 @@ class Archive:
         def write() -> None:
             started = time.monotonic()
             try:
+                # If this process dies before it is recorded, somebody has to know of the files.
+                self._journal.write(lambda c: snapshots.announce(c, key)).result()
                 self._objects.put(key, checkpoints.write(state, self._base_model))
                 results_handed_over.result()
                 before = self._journal.write(
-                    lambda c: ops.record_snapshot(
+                    lambda c: snapshots.record(
                         c,
                         lease.run_id,
                         seq_id=seq_id,
@@ -152,9 +195,9 @@ class Archive:
             except LeaseLost:
                 self._delete(key)
                 self._on_lost(lease.run_id, lease.epoch)
-            except Unfinished:
+            except Unfinished as missing:
                 # A result was refused by the journal. The run stays recoverable from where it was.
-                log.error("%s: no snapshot, a result is missing", lease.run_id)
+                log.error("no snapshot, the last one stands: %s", missing)
                 self._delete(key)
             except OSError as error:
                 log.error(
@@ -169,13 +212,13 @@ class Archive:
                 metrics.SNAPSHOT_SECONDS.observe(point.write_seconds)
                 then()
 
-        self._thread.submit(write)
+        self._submit(state, write)
 
     def _delete(self, prefix: str) -> None:
-        try:
+        """At once. If that fails, or this process does, whoever collects garbage will."""
+        with contextlib.suppress(OSError):
             self._objects.delete(prefix)
-        except OSError:  # not now, then: whoever collects garbage will
-            self._journal.write(lambda c: discard_objects(c, prefix)).result()
+            self._journal.write(lambda c: forget_garbage(c, prefix))
 
     def hurry(self) -> None:
         """From now on wait for nothing: a checkpoint that cannot be written is left to the next worker."""
@@ -184,6 +227,10 @@ class Archive:
     def flush(self) -> None:
         """Wait until everything asked for is written."""
         self._thread.submit(lambda: None).result()
+
+    def afterwards(self, do: Callable[[], None]) -> None:
+        """Once everything asked for is written."""
+        self._thread.submit(do)
 
     def close(self) -> None:
         """Write what was asked for."""

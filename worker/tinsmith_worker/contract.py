@@ -54,6 +54,11 @@ class AdapterState:
     gradient: npt.NDArray[np.float32] | None = None
     step: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        flats = (self.weights, self.moment1, self.moment2, self.gradient)
+        return sum(flat.nbytes for flat in flats if flat is not None)
+
 
 @dataclass(frozen=True)
 class Work:

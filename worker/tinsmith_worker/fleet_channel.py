@@ -2,15 +2,17 @@
 results announced on Redis. Keeps the interface of `channel.Channel`.
 """
 
+import functools
 import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import sqlalchemy as sa
+
 from tinsmith_api.journal import leases
-from tinsmith_api.journal.bell import Announcer, Consumer
+from tinsmith_api.journal.bell import EVERYTHING, Announcer, Consumer
 from tinsmith_api.journal.store import Store
 
 log = logging.getLogger("tinsmith.worker")
@@ -18,7 +20,8 @@ log = logging.getLogger("tinsmith.worker")
 
 class FleetChannel:
     """Registers the worker and beats for it from construction on. `on_given_up` is called, on the beating
-    thread, when others took this worker for dead.
+    thread, when others took this worker for dead. `journal` is the channel's own: a beat that stood in line
+    behind a slow write of results would come too late.
 
     Every beat brings the names of all that is queued for this worker; those that were rung for already are
     left out, so a ring that was lost on the way arrives one beat later.
@@ -61,11 +64,14 @@ class FleetChannel:
             self._announcer.announce(words[1])
         elif words[0] == "ready":
             self._is_ready = True
+        elif words[0] == "leaving":
+            self._closing.set()
 
     def close(self) -> None:
         self._closing.set()
         self._consumer.close()
         self._announcer.close()
+        self._journal.close()
 
     def _ring(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -73,34 +79,45 @@ class FleetChannel:
         self._inbox.put([["ring", request_id] for request_id in request_ids])
 
     def _beat_forever(self) -> None:
-        heard_since = math.inf  # from when on this worker was never cut off
-        last = -math.inf
+        # Who was cut off, or stood still, does not know whether the others were, too: it judges nobody for a
+        # lease from then on.
+        cut_off_until = last = time.monotonic()
         while not self._closing.wait(self._lease_seconds / 4):
-            now = time.monotonic()
-            if now - last > self._lease_seconds:
-                heard_since = now
-            # Who was cut off (or stood still) does not know whether the others were, too.
-            judges = now - heard_since > self._lease_seconds
+            asked = time.monotonic()
+            if asked - last > self._lease_seconds / 2:
+                cut_off_until = asked
             try:
-                beat = self._journal.write(
-                    lambda c, judges=judges: leases.beat(  # type: ignore[misc]
-                        c,
-                        self._worker_id,
-                        self._base_model,
-                        dead_after_seconds=self._lease_seconds if judges else None,
-                    )
-                ).result()
+                beat = self._journal.write(functools.partial(self._beat, asked, cut_off_until)).result()
             except Exception:
                 log.exception("no heartbeat")
                 continue
             last = time.monotonic()
+            if last - asked > self._lease_seconds / 2:
+                cut_off_until = last
             if not beat.is_alive:
+                if self._closing.is_set():  # it said so itself
+                    return
                 log.error("this worker was silent for too long and given up; its runs are others' now")
                 self._on_given_up()
                 return
             self._take_in(beat)
 
+    def _beat(self, asked: float, cut_off_until: float, connection: sa.Connection) -> leases.Beat:
+        # The first thing that a database does when it is back is what waited for it: judge by now, not by
+        # then.
+        now = time.monotonic()
+        judges = now - cut_off_until > self._lease_seconds and now - asked < self._lease_seconds / 2
+        return leases.beat(
+            connection,
+            self._worker_id,
+            self._base_model,
+            dead_after_seconds=self._lease_seconds if judges else None,
+        )
+
     def _take_in(self, beat: leases.Beat) -> None:
+        if beat.gave_up:
+            # What the dead worker finished last may be in the journal without a word of it having been sent.
+            self._announcer.announce(EVERYTHING)
         messages = []
         for finished in self._rung.keys() - beat.queued.keys():
             self._rung.pop(finished, None)

@@ -7,7 +7,6 @@ payloads into arrays and reads checkpoint files, so that the engine's thread nev
 import functools
 import json
 import logging
-import math
 import queue
 import threading
 import time
@@ -78,6 +77,18 @@ class Snapshotted:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """Nothing of this run is on its way to the journal or the object store any more."""
+
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Room:
+    """The archive takes copies again."""
+
+
+@dataclass(frozen=True)
 class SampleArrived:
     operation: Operation
     task: pb.SampleTask
@@ -99,13 +110,17 @@ class Drain:
     pass
 
 
-Event = Adopt | Arrived | Waiting | Snapshotted | SampleArrived | LeaseGone | Drain
+_Work = queue.SimpleQueue[Callable[[], None]]
+Event = Adopt | Arrived | Waiting | Snapshotted | Settled | Room | SampleArrived | LeaseGone | Drain
 
 
-# What is read from the object store at once; other runs' operations do not wait for it.
+# What is read from the object store at once. Operations that need nothing of it are unpacked by others.
 _READERS = 8
+_UNPACKERS = 2
 # Of each run so many operations are unpacked ahead; the others wait in the journal.
 AHEAD = 4
+# What is unpacked at once by whoever hears the bell, without keeping others from being heard.
+_SMALL_BYTES = 256 << 10
 _MAX_PAUSE_SECONDS = 5.0
 
 
@@ -141,10 +156,16 @@ class Intake:
         self.ahead: dict[str, int] = {}
         # Runs being adopted, with what was rung for meanwhile: it must reach the inbox behind them.
         self._adopting: dict[str, list[Operation]] = {}
-        self._changing = threading.Lock()  # known and _adopting, together
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        for _ in range(_READERS):
-            threading.Thread(target=self._work_forever, name="read-objects", daemon=True).start()
+        self._asked_again: set[str] = set()  # those of them that somebody wanted adopted meanwhile
+        self._changing = threading.Lock()  # known, _adopting and _asked_again, together
+        self._reading: _Work = queue.SimpleQueue()
+        self._unpacking: _Work = queue.SimpleQueue()
+        for work, count, name in (
+            (self._reading, _READERS, "read-objects"),
+            (self._unpacking, _UNPACKERS, "unpack"),
+        ):
+            for _ in range(count):
+                threading.Thread(target=self._work_forever, args=(work,), name=name, daemon=True).start()
 
     def start(self) -> None:
         """Everything that was waiting when this process began."""
@@ -167,18 +188,21 @@ class Intake:
     def adopt(self, run_id: str) -> None:
         """Take the run's lease if it is to be had, and send all of it: snapshot and operations behind."""
         with self._changing:
-            if run_id in self.known or run_id in self._adopting:
+            if run_id in self._adopting:
+                self._asked_again.add(run_id)
+                return
+            if run_id in self.known:
                 return
             self._adopting[run_id] = []
-        self._work.put(functools.partial(self._adopt, run_id))
+        self._unpacking.put(functools.partial(self._adopt, run_id))
 
     def prepare(self, operations: Sequence[Operation]) -> None:
         """Unpack these and send them."""
-        self._work.put(functools.partial(self._prepare_and_send, list(operations)))
+        self._unpacking.put(functools.partial(self._prepare_and_send, list(operations)))
 
     def look_for(self, run_id: str, seq_id: int) -> None:
         """Send what the journal has of this run from that number on: it was not heard of."""
-        self._work.put(functools.partial(self._look_for, run_id, seq_id))
+        self._unpacking.put(functools.partial(self._look_for, run_id, seq_id))
 
     def _look_for(self, run_id: str, seq_id: int) -> None:
         for operation in self.journal.read(lambda c: ops.history(c, run_id, seq_id - 1)).result():
@@ -189,11 +213,11 @@ class Intake:
             self.known.pop(run_id, None)
             self.ahead.pop(run_id, None)
 
-    def _work_forever(self) -> None:
+    def _work_forever(self, work: "_Work") -> None:
         while True:
-            work = self._work.get()
+            do = work.get()
             try:
-                work()
+                do()
             except Exception:
                 # The journal cannot be read. Deaf is worse than dead: another worker takes over.
                 log.exception("preparing failed; draining")
@@ -205,7 +229,9 @@ class Intake:
         run_id = operation.subject
         with self._changing:
             if run_id in self._adopting:
-                self._adopting[run_id].append(operation)
+                # Its body is read again when its turn comes: this may take as long as the object store is
+                # gone.
+                self._adopting[run_id].append(replace(operation, payload=None))
                 return
             is_known = run_id in self.known
         if not is_known:
@@ -221,49 +247,83 @@ class Intake:
         self.ahead[operation.subject] = ahead + 1
         if ahead >= AHEAD:
             self.inbox.put(Waiting(replace(operation, payload=None)))
-        elif operation.payload is None or operation.kind in _READING:
+        elif operation.payload is None:
             self.prepare([operation])
+        elif len(operation.payload) > _SMALL_BYTES:
+            self._unpacking.put(functools.partial(self._send_prepared, operation))
+        else:
+            self._send_prepared(operation)
+
+    def _prepare_and_send(self, operations: list[Operation]) -> None:
+        for operation in self._with_payloads(operations):
+            self._send_prepared(operation)
+
+    def _send_prepared(self, operation: Operation, *, reads: bool = False) -> None:
+        if _reads_checkpoint(operation) and not reads:
+            self._reading.put(functools.partial(self._send_prepared, operation, reads=True))
         else:
             self.inbox.put(Arrived(self._prepare(operation)))
 
-    def _prepare_and_send(self, operations: list[Operation]) -> None:
-        for prepared in self._with_payloads(operations):
-            self.inbox.put(Arrived(prepared))
-
-    def _with_payloads(self, operations: Sequence[Operation]) -> list[Prepared]:
+    def _with_payloads(self, operations: Sequence[Operation]) -> list[Operation]:
         request_ids = [o.request_id for o in operations if o.payload is None and o.state != ops.FAILED]
         fetch = functools.partial(ops.fetch, request_ids=request_ids)
         found = {o.request_id: o for o in self.journal.read(fetch).result()} if request_ids else {}
-        return [self._prepare(found.get(o.request_id, o)) for o in operations]
+        return [found.get(o.request_id, o) for o in operations]
 
-    def _adopt(self, run_id: str) -> None:
+    def _adopt(self, run_id: str, *, reads: bool = False, pause: float = 0.1) -> None:
         try:
-            self._send_run(run_id)
+            while True:
+                if not self._send_run(run_id, reads=reads):
+                    self._reading.put(functools.partial(self._adopt, run_id, reads=True))
+                    return
+                if self._send_late(run_id):
+                    return
+        except OSError as error:
+            # Nobody is served by a run that fails because its snapshot cannot be read now. Others are by this
+            # thread meanwhile.
+            log.warning("%s; trying again", error)
+            longer = min(2 * pause, _MAX_PAUSE_SECONDS)
+            again = functools.partial(self._adopt, run_id, reads=True, pause=longer)
+            timer = threading.Timer(pause, self._reading.put, [again])
+            timer.daemon = True
+            timer.start()
         except Exception:
             with self._changing:
                 self._adopting.pop(run_id, None)
             raise
+
+    def _send_late(self, run_id: str) -> bool:
+        """What was rung for during the adoption; the adoption is over with it. False if it has to be done
+        once more: the run was let go of again, or only now is to be had, and somebody wants it."""
         while True:
             with self._changing:
-                late = self._adopting[run_id]
-                if not late:
+                late, is_known = self._adopting[run_id], run_id in self.known
+                is_wanted = bool(late) or run_id in self._asked_again
+                self._asked_again.discard(run_id)
+                if not late and (is_known or not is_wanted):
                     del self._adopting[run_id]
-                    return
+                    return True
                 self._adopting[run_id] = []
-                is_known = run_id in self.known
-            for operation in late if is_known else ():
+            if not is_known:
+                return False
+            for operation in late:
                 if operation.state != ops.DONE:
                     self._send(operation)
 
-    def _send_run(self, run_id: str) -> None:
+    def _send_run(self, run_id: str, *, reads: bool) -> bool:
+        """Nothing if its lease is not to be had. False if it has a snapshot and this thread reads none."""
         lease = self.journal.write(lambda c: leases.take(c, run_id, self.worker_id)).result()
         if lease is None:
-            return
+            return True
         snapshot, broken = None, ""
         if lease.snapshot_key is not None:
+            if not reads:
+                return False
             key = lease.snapshot_key
             try:
-                snapshot = self._patiently(lambda: checkpoints.read(self.objects.get(key)), math.inf)
+                snapshot = checkpoints.read(self.objects.get(key))
+            except OSError:
+                raise
             except Exception as error:
                 log.exception("the snapshot of %s cannot be read", run_id)
                 broken = f"the run's snapshot cannot be read ({error}); create a run from its last checkpoint"
@@ -271,11 +331,15 @@ class Intake:
         executed = [o for o in behind if o.state == ops.QUEUED or _is_replayed(o)]
         first = {o.request_id for o in executed[:AHEAD]} if not broken else set()
         waiting = [o for o in executed if o.request_id not in first]
-        ready = self._with_payloads([o for o in behind if o.request_id in first])
+        ahead = self._with_payloads([o for o in behind if o.request_id in first])
+        ready = [self._prepare(o) for o in ahead if not _reads_checkpoint(o)]
         passed = [Prepared(o, None) for o in behind if o.state != ops.QUEUED and not _is_replayed(o)]
         with self._changing:
             self.known[run_id] = lease.epoch
         self.inbox.put(Adopt(lease, snapshot, [*passed, *ready], waiting, broken))
+        for operation in filter(_reads_checkpoint, ahead):
+            self._send_prepared(operation)
+        return True
 
     def _prepare(self, operation: Operation) -> Prepared:
         if operation.state != ops.QUEUED and not _is_replayed(operation):
@@ -308,17 +372,21 @@ class Intake:
             return
         self.sampling.add(operation.request_id)
         if operation.payload is None:
-            self._work.put(functools.partial(self._fetch_sample, operation.request_id))
+            self._unpacking.put(functools.partial(self._fetch_sample, operation.request_id))
             return
         task = pb.SampleTask()
         try:
             task.ParseFromString(operation.payload)
             if task.object_prefix and task.object_prefix not in self.samplers:
-                self._work.put(functools.partial(self._send_sample, operation, task, loads=True))
+                self.load_and_send(operation, task)
             else:
                 self._send_sample(operation, task, loads=False)
         except Exception as error:
             self._cannot_be_sampled(operation, task, error)
+
+    def load_and_send(self, operation: Operation, task: pb.SampleTask) -> None:
+        """A sample request together with the weights that it samples."""
+        self._reading.put(functools.partial(self._send_sample, operation, task, loads=True))
 
     def _fetch_sample(self, request_id: str) -> None:
         fetch = functools.partial(ops.fetch, request_ids=[request_id])
@@ -366,6 +434,10 @@ class Intake:
 
 
 _READING = (ops.CREATE_MODEL, ops.LOAD_WEIGHTS)  # may read a checkpoint
+
+
+def _reads_checkpoint(operation: Operation) -> bool:
+    return operation.kind in _READING and b'"object_prefix"' in (operation.payload or b"")
 
 
 def _is_replayed(operation: Operation) -> bool:

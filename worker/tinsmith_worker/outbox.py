@@ -24,8 +24,10 @@ Json = dict[str, Any]
 
 
 class Outbox:
-    """`epochs` are those of the leases this worker holds. `on_lost` hears of a run whose lease is another's
-    by now, `on_broken` that the journal takes no results."""
+    """`epochs` are those of the leases this worker holds. A result is written under the epoch of the moment
+    it is handed over: a lease that was lost and won back since is not the one it was computed under.
+    `on_lost` hears of a run whose lease is another's by now, `on_broken` that the journal takes no
+    results."""
 
     def __init__(
         self,
@@ -54,21 +56,26 @@ class Outbox:
     ) -> None:
         """The outcome of an executed operation; nothing for one that was replayed."""
         if operation.state == ops.QUEUED:
-            self._thread.submit(self._write_out, operation, body, also)
+            self._thread.submit(self._write_out, operation, self.epoch(operation), body, also)
+
+    def epoch(self, operation: Operation) -> int:
+        """Of the lease that an operation is executed under now; -1 if there is none."""
+        return self._epochs.get(operation.subject, -1)
 
     def _write_out(
         self,
         operation: Operation,
+        epoch: int,
         body: Callable[[], bytes],
         also: Callable[[sa.Connection], object] | None,
     ) -> None:
         try:
-            self.commit(operation, also, body=body())
+            self.commit(operation, epoch, also, body=body())
         except Exception as error:
             log.exception("the result of %s cannot be written out", operation.kind)
-            self._without_result(operation, error)
+            self._without_result(operation, epoch, error)
 
-    def _without_result(self, operation: Operation, error: BaseException) -> None:
+    def _without_result(self, operation: Operation, epoch: int, error: BaseException) -> None:
         """It was executed, but its result cannot be kept."""
         failure = Failure(str(error))
         if not isinstance(error, InvalidInput):
@@ -76,6 +83,7 @@ class Outbox:
             failure = Failure(f"executed, but its result could not be kept {what}", "server")
         self.commit(
             operation,
+            epoch,
             lambda c: answers.free_name(c, operation),
             error=_json(failure),
             has_effect=operation.kind in ops.CHANGING,
@@ -84,9 +92,11 @@ class Outbox:
     def failure(self, operation: Operation, failure: Failure, *, has_effect: bool = False) -> None:
         """has_effect: the operation changed the run although it failed, so a replay must execute it."""
         if operation.state == ops.QUEUED:
+            epoch = self.epoch(operation)
             self._thread.submit(
                 lambda: self.commit(
                     operation,
+                    epoch,
                     lambda c: answers.free_name(c, operation),
                     error=_json(failure),
                     has_effect=has_effect,
@@ -96,6 +106,7 @@ class Outbox:
     def commit(
         self,
         operation: Operation,
+        epoch: int,
         also: Callable[[sa.Connection], object] | None = None,
         *,
         body: bytes | None = None,
@@ -104,7 +115,6 @@ class Outbox:
     ) -> None:
         """Result, state and whatever belongs to them, in one transaction; then wake who waits."""
         is_run = operation.kind != ops.SAMPLE
-        epoch = self._epochs.get(operation.subject, -1) if is_run else -1
 
         def statement(connection: sa.Connection) -> None:
             finished = ops.finish(
@@ -146,7 +156,7 @@ class Outbox:
             self._on_lost(operation.subject, epoch)
         elif has_body:
             log.error("the result of %s could not be written: %s", operation.kind, failure)
-            self._without_result(operation, failure)
+            self._without_result(operation, epoch, failure)
         else:
             # Not even the failure: better to start anew than to go on without anybody hearing of it.
             log.error("the journal takes no results: %s", failure)

@@ -37,7 +37,9 @@ from tinsmith_worker.intake import (
     Intake,
     LeaseGone,
     Prepared,
+    Room,
     SampleArrived,
+    Settled,
     Snapshotted,
     Waiting,
 )
@@ -50,17 +52,18 @@ log = logging.getLogger("tinsmith.worker")
 
 # So many workers in a row died holding a run: the call they tried alone is given up.
 _LAST_DEATHS = 4
+_SAVING = (ops.SAVE_WEIGHTS, ops.SAVE_WEIGHTS_FOR_SAMPLER)
 _GROUPS = {ops.FORWARD: FORWARD, ops.FORWARD_BACKWARD: FORWARD_BACKWARD}
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """snapshot_seconds: a run is snapshotted this long after its last one, at an optim_step; what a killed
-    worker must compute again is bounded by it. gap_seconds: how long a number may stay missing before the
-    operations behind it fail; longer than a client goes on repeating a lost call (5 minutes).
-    slot_bytes: adapters on the device, host_bytes: in host memory; 0 for what the machine has room for.
-    idle_seconds: a run that nobody called for so long is snapshotted and let go of.
-    storage_patience_seconds: how long a store that does not answer is asked, before a save or load fails."""
+    """snapshot_seconds: a run that computes is snapshotted this long after its last one; what a killed worker
+    must compute again is bounded by it. gap_seconds: how long a number may stay missing before the operations
+    behind it fail; longer than a client goes on repeating a lost call (5 minutes). slot_bytes: adapters on
+    the device, host_bytes: in host memory; 0 for what the machine has room for. idle_seconds: a run that
+    nobody called for so long is snapshotted and let go of. storage_patience_seconds: how long a store that
+    does not answer is asked, before a save or load fails."""
 
     pass_tokens: int = 8192
     gap_seconds: float = 600.0
@@ -85,6 +88,7 @@ class Held:
     used_at: float = field(default_factory=time.monotonic)
     leaving_at: int | None = None  # the snapshot, by its number, with which it is let go of
     is_suspect: bool = False  # its last workers died holding it: one operation at a time, alone
+    is_broken: bool = False  # a pass of it failed: nothing is executed until it is read back
 
 
 class Worker:
@@ -114,6 +118,7 @@ class Worker:
             slot_bytes=self.slots.slot_bytes,
         )
         self.held: dict[str, Held] = {}
+        self.page_limits: dict[str, int] = {}  # tenant -> bytes, for those that have a limit
         self.alone: set[str] = set()  # operations that nothing may share a pass with
         self.draining = False
         self._looked_for_idle_at = time.monotonic()
@@ -141,7 +146,9 @@ class Worker:
             base_model=base_model,
             seconds=settings.snapshot_seconds,
             patience_seconds=settings.storage_patience_seconds,
+            room_bytes=self.slots.host_bytes // 4,
             on_lost=lambda run_id, epoch: self.inbox.put(LeaseGone(run_id, epoch)),
+            on_room=lambda: self.inbox.put(Room()),
         )
         self.sampling = Sampling(sampler, self.intake, self.outbox, samplers_held=settings.samplers_held)
 
@@ -159,6 +166,7 @@ class Worker:
         while not self.draining:
             self._receive(wait=not self.sampling.busy)
             started = time.monotonic()
+            self.schedule.archive_is_full = not self.archive.has_room
             batch = self.schedule.next_batch(started)
             if batch:
                 self._execute(batch)
@@ -187,6 +195,7 @@ class Worker:
 
     def _receive(self, *, wait: bool) -> None:
         """Take in what has arrived; if there is nothing to do, wait for something."""
+        self.schedule.archive_is_full = not self.archive.has_room
         if wait and not self.schedule.ready():
             deadlines = [self.schedule.next_deadline()]
             if self.held:
@@ -203,19 +212,28 @@ class Worker:
     def _take_in(self, event: Event) -> None:
         match event:
             case Arrived(prepared):
-                if prepared.operation.subject in self.held:
-                    self._enqueue(prepared)
-                else:  # let go of meanwhile; if it is being adopted again, this comes with it
+                if (held := self.held.get(prepared.operation.subject)) is None:
+                    # Let go of meanwhile; if it is being adopted again, this comes with it.
                     self.intake.adopt(prepared.operation.subject)
+                elif not held.is_broken:
+                    self._enqueue(prepared)
             case Waiting(operation):
                 if (held := self.held.get(operation.subject)) is None:
                     self.intake.adopt(operation.subject)
+                elif held.is_broken:
+                    pass  # it comes again when the run is read back
                 elif operation.seq_id not in held.prepared:
                     held.waiting[operation.seq_id] = operation
                     held.used_at = time.monotonic()
                     self._unpack_ahead(held)
             case Snapshotted():
                 self._part(event)
+            case Settled(run_id):
+                if run_id in self.held and self.held[run_id].is_broken:
+                    self._drop(run_id)
+                    self.intake.adopt(run_id)
+            case Room():
+                pass  # what had to wait for it is found ready now
             case Adopt():
                 self._adopt(event)
             case SampleArrived():
@@ -224,16 +242,19 @@ class Worker:
                 if self.intake.known.get(run_id) == epoch:
                     metrics.LEASE_LOSSES.inc()
                     self._drop(run_id)
+                    self.intake.adopt(run_id)  # if it is to be had: what was refused has to be done again
             case Drain():
                 self.draining = True
 
     def _adopt(self, event: Adopt) -> None:
         lease, broken = event.lease, event.broken
+        if self.intake.known.get(lease.run_id) != lease.epoch:
+            return  # lost again before it came here
         self.slots.drop(lease.run_id)
         if event.snapshot is not None:
             metrics.PAGE_INS.labels("objects").inc()
             try:
-                self.slots.restore(lease.run_id, event.snapshot)
+                self.slots.restore(lease.run_id, event.snapshot, lease.tenant_id)
             except Exception as error:  # another base model under the name, no memory
                 log.exception("%s cannot be restored", lease.run_id)
                 broken = f"the run cannot be restored: {error}"
@@ -241,11 +262,15 @@ class Worker:
         held = Held(lease, point, done_seq=lease.snapshot_seq)
         held.is_suspect = lease.deaths >= leases.SUSPECT_DEATHS
         self.held[lease.run_id] = held
+        self.page_limits.pop(lease.tenant_id, None)
+        if lease.max_page_bytes:
+            self.page_limits[lease.tenant_id] = lease.max_page_bytes
         self.schedule.open_run(
             lease.run_id,
             lease.tenant_id,
             lease.snapshot_seq + 1,
             weight=lease.weight,
+            priority=lease.priority,
             size_bytes=self.engine.size_bytes(LoraSpec(**lease.lora)),
         )
         held.waiting = {operation.seq_id: operation for operation in event.waiting}
@@ -298,6 +323,7 @@ class Worker:
             group,
             operation.tokens,
             alone=held.is_suspect or operation.request_id in self.alone,
+            copies=operation.kind in _SAVING or prepared.loaded is not None,
         )
         if self.schedule.add(item, now):
             held.prepared[operation.seq_id] = prepared
@@ -338,9 +364,12 @@ class Worker:
             metrics.TOKENS.labels(batch[0].group).inc(sum(item.tokens for item in batch))
             return
         for prepared in work:
-            if prepared.operation.subject in self.held:  # unless the call before it was this run's end
+            if self._is_here(prepared.operation.subject):  # unless the call before it was this run's end
                 with metrics.COMPUTE.labels(prepared.operation.kind).time():
                     self._call(prepared)
+
+    def _is_here(self, run_id: str) -> bool:
+        return run_id in self.held and not self.held[run_id].is_broken
 
     def _may_try(self, operation: Operation) -> bool:
         """Leave word of what is tried now, if it may be the end of this process: a new call, not one that
@@ -362,6 +391,7 @@ class Worker:
         """forward_backwards (or forwards) of many runs, together."""
         if not (work := self._without_orphans(work)):
             return
+        started = time.monotonic()
         try:
             self.slots.bring({prepared.operation.subject for prepared in work})
             outputs = self.engine.forward_backward([Work(p.operation.subject, p.given) for p in work])
@@ -371,6 +401,7 @@ class Worker:
         for prepared, output in zip(work, outputs, strict=True):
             self._done(prepared, functools.partial(datums.write_output, prepared.given, output))
         for run_id in {prepared.operation.subject for prepared in work}:
+            self.held[run_id].point.computed_seconds += time.monotonic() - started
             self._snapshot_if_due(run_id)
 
     def _without_orphans(self, work: list[Prepared]) -> list[Prepared]:
@@ -396,12 +427,16 @@ class Worker:
                 self._give_up_run(work[0].operation.subject, error)
                 return
         self.alone.update(prepared.operation.request_id for prepared in work)
-        # Nothing of these runs may be on its way any more when they are read back.
-        self.archive.flush()
-        self.outbox.flush()
         for run_id in {prepared.operation.subject for prepared in work}:
-            self._drop(run_id)
-            self.intake.adopt(run_id)
+            self.held[run_id].is_broken = True
+            self.slots.drop(run_id)
+            self.schedule.close_run(run_id)
+            # Nothing of it may be on its way any more when it is read back. Nobody else waits for that.
+            self.archive.afterwards(functools.partial(self._settle, run_id))
+
+    def _settle(self, run_id: str) -> None:
+        self.outbox.flush()
+        self.inbox.put(Settled(run_id))
 
     def _give_up_run(self, run_id: str, why: object) -> None:
         """What was computed once could not be computed again: the run is not what its results say it is."""
@@ -409,6 +444,7 @@ class Worker:
         held = self.held[run_id]
         for operation in (*(p.operation for p in held.prepared.values()), *held.waiting.values()):
             self.outbox.failure(operation, failure)
+        self.archive.flush()
         self.outbox.flush()
         self._drop(run_id)
 
@@ -442,7 +478,8 @@ class Worker:
 
     def _create(self, prepared: Prepared) -> None:
         operation = prepared.operation
-        self.slots.create(operation.subject, LoraSpec(**self.held[operation.subject].lease.lora))
+        lease = self.held[operation.subject].lease
+        self.slots.create(operation.subject, LoraSpec(**lease.lora), lease.tenant_id)
         body = {"model_id": operation.subject}
         if prepared.loaded is not None:
             try:
@@ -456,13 +493,14 @@ class Worker:
             self._snapshot(operation.subject)
 
     def _optim_step(self, prepared: Prepared) -> None:
-        run_id = prepared.operation.subject
+        run_id, started = prepared.operation.subject, time.monotonic()
         self.slots.bring([run_id])
         stepped = self.engine.optim_step(run_id, AdamParams(**prepared.given["adam_params"]))
         if isinstance(stepped, Failure):
             self._failed(prepared, stepped, has_effect=True)  # such as a cleared gradient
             return
         self._done(prepared, lambda: answers.optim_step(stepped))
+        self.held[run_id].point.computed_seconds += time.monotonic() - started
         self._snapshot_if_due(run_id)
 
     def _load(self, prepared: Prepared) -> None:
@@ -507,9 +545,11 @@ class Worker:
     # -- letting go ----------------------------------------------------------------------------------
 
     def _let_go(self) -> None:
-        """Of runs that host memory has no room for, and of those that nobody called for long: both are
-        snapshotted, and come back with their next operation."""
-        for run_id in self.slots.surplus(is_idle=lambda run_id: self._is_idle(self.held[run_id])):
+        """Of runs that there is no room for, or that are beyond their tenant's limit, and of those that
+        nobody called for long: all are snapshotted, and come back with their next operation."""
+        for run_id in self.slots.surplus(
+            self.page_limits, is_idle=lambda run_id: self._is_idle(self.held[run_id])
+        ):
             self._leave_with_snapshot(run_id, releases=False)
         now = time.monotonic()
         if now - self._looked_for_idle_at < self._idle_check_seconds():
@@ -523,7 +563,8 @@ class Worker:
         return max(0.2, self.settings.idle_seconds / 10)
 
     def _is_idle(self, held: Held) -> bool:
-        return not held.waiting and not held.requested and self.schedule.is_idle(held.lease.run_id)
+        is_quiet = not (held.is_broken or held.waiting or held.requested)
+        return is_quiet and self.schedule.is_idle(held.lease.run_id)
 
     def _leave_with_snapshot(self, run_id: str, *, releases: bool) -> None:
         held = self.held[run_id]
@@ -532,6 +573,8 @@ class Worker:
         if not self.slots.holds(run_id) or held.done_seq == held.point.seq_id:
             self._part(Snapshotted(run_id, held.done_seq, releases))
             return
+        if not self.archive.has_room:
+            return  # soon
         held.leaving_at = held.done_seq
         event = Snapshotted(run_id, held.done_seq, releases)
         self.archive.snapshot(
@@ -599,13 +642,18 @@ class Worker:
 
     def _drain(self) -> None:
         """Hand over: every run snapshotted, every result written, then leave."""
+        # From now on it is given nothing new, whoever it was that told it to leave.
+        self.journal.write(lambda c: leases.drain_worker(c, self.worker_id))
         self.archive.hurry()
         self.archive.flush()
         for run_id, held in self.held.items():
             if held.done_seq > held.point.seq_id and self.slots.holds(run_id):
+                if not self.archive.has_room:
+                    self.archive.flush()
                 self._snapshot(run_id)
         self.archive.close()
         self.outbox.close()
+        self.channel.send("leaving")
         self.journal.write(lambda c: leases.stop_worker(c, self.worker_id)).result()
         self.channel.close()
         self.journal.close()

@@ -30,6 +30,10 @@ class Sampling:
 
     def begin(self, event: SampleArrived) -> None:
         request_id, prefix = event.operation.request_id, event.task.object_prefix
+        if prefix and event.given and event.weights is None and not self._sampler.holds(prefix):
+            # The intake leaves weights out that it sent before; these were let go of since.
+            self._intake.load_and_send(event.operation, event.task)
+            return
         self._under_way[request_id] = replace(event, weights=None)
         if event.failure is not None or event.given is None:
             self._fail(request_id, event.failure or Failure("the request could not be read", "server"))
@@ -64,8 +68,8 @@ class Sampling:
     def _hold(self, prefix: str, weights: AdapterState | None) -> None:
         """Have the sampler hold these weights, and let go of the ones not used for longest."""
         if not self._sampler.holds(prefix):
-            # The intake leaves weights out that it sent before; they may have been let go since.
-            self._sampler.hold(prefix, weights if weights is not None else self._intake.load(prefix))
+            assert weights is not None, prefix
+            self._sampler.hold(prefix, weights)
         self._samplers.pop(prefix, None)
         self._samplers[prefix] = None
         in_use = {event.task.object_prefix for event in self._under_way.values()}

@@ -3,17 +3,23 @@
 Within a run, operations execute in the order of their numbers, whatever order they arrive in.
 Between tenants, tokens are shared by weight: the tenant that was served least goes first (start-time fair
 queueing, Goyal et al. 1996: a tenant that was idle joins at the least virtual time of the busy ones; see
-docs/decisions/0005-fair-shares.md). And while several tenants are about, a pass is filled up with one
-tenant's further operations only to a quarter, so that nobody waits for the end of somebody else's long pass.
+docs/decisions/0005-fair-shares.md). Who has a higher priority goes before all of that. And while several
+tenants are about, a pass is filled up with one tenant's further operations only to a quarter, so that nobody
+waits for the end of somebody else's long pass.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 FORWARD, FORWARD_BACKWARD, OTHER = "forward", "forward_backward", "other"
 
 # What a call without tokens (optim_step, save_weights, …) is charged.
 _CALL_TOKENS = 64
+# So many calls that take no pass are executed in a row, of each tenant; then it is a pass's turn. More where
+# a tenant is alone: what waits behind them are its own.
+_CALLS_IN_A_ROW = 8
+_CALLS_IN_A_ROW_ALONE = 64
 # A tenant is about until so long after its last call; a training loop is silent for about a step at a time.
 _ABOUT_SECONDS = 5.0
 # After so long a missing number is looked for in the journal.
@@ -22,7 +28,8 @@ _LOOK_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Item:
-    """One operation, as far as scheduling goes. `alone`: nothing may share its pass."""
+    """One operation, as far as scheduling goes. `alone`: nothing may share its pass. `copies`: it leaves a
+    copy of its adapter for the archive."""
 
     request_id: str
     run_id: str
@@ -30,6 +37,7 @@ class Item:
     group: str  # FORWARD, FORWARD_BACKWARD or OTHER
     tokens: int = 0
     alone: bool = False
+    copies: bool = False
 
 
 @dataclass
@@ -37,6 +45,7 @@ class _Run:
     tenant_id: str
     next_seq: int
     weight: float = 1.0
+    priority: int = 0
     size_bytes: int = 0
     items: dict[int, Item] = field(default_factory=dict)
     consumed: set[int] = field(default_factory=set)  # numbers that need no execution
@@ -65,6 +74,8 @@ class Schedule:
         self.pass_tokens = pass_tokens
         self.gap_seconds = gap_seconds
         self.slot_bytes = slot_bytes
+        self.archive_is_full = False  # what would leave a copy for it has to wait
+        self._owes_pass = False
         self._runs: dict[str, _Run] = {}
         self._ready: dict[str, _Run] = {}  # those with a next operation
         self._waiting: dict[str, _Run] = {}  # those that wait for a number that has not come
@@ -72,10 +83,17 @@ class Schedule:
         self._about: dict[str, float] = {}  # tenant -> when its last operation came
 
     def open_run(
-        self, run_id: str, tenant_id: str, next_seq: int, *, weight: float = 1.0, size_bytes: int = 0
+        self,
+        run_id: str,
+        tenant_id: str,
+        next_seq: int,
+        *,
+        weight: float = 1.0,
+        priority: int = 0,
+        size_bytes: int = 0,
     ) -> None:
         """Begin (or begin again) a run whose operations before `next_seq` are in its adapter already."""
-        self._runs[run_id] = _Run(tenant_id, next_seq, weight, size_bytes)
+        self._runs[run_id] = _Run(tenant_id, next_seq, weight, priority, size_bytes)
         self._ready.pop(run_id, None)
         self._waiting.pop(run_id, None)
 
@@ -92,7 +110,7 @@ class Schedule:
         if item.seq_id < run.next_seq or item.seq_id in run.consumed:
             return False
         self._about[run.tenant_id] = now
-        busy = {r.tenant_id for r in self._ready.values()}
+        busy = {r.tenant_id for r in self._ready.values() if r.priority == run.priority}
         if run.tenant_id not in busy:
             least = min((self._served[t] for t in busy), default=0.0)
             self._served[run.tenant_id] = max(self._served.get(run.tenant_id, 0.0), least)
@@ -113,15 +131,19 @@ class Schedule:
         """What to execute now, in order; empty if nothing is ready.
 
         Calls that take no pass come first: they are short, and they free the operations behind them to
-        share the next one. Otherwise: forward_backwards (or forwards) of as many runs as fit.
+        share the next one. Otherwise: forward_backwards (or forwards) of as many runs as fit. Where there are
+        too many of the first for others to wait for, the two take turns.
         """
         heads = self._heads()
         if not heads:
             return []
         others = [item for item in heads if item.group == OTHER]
-        if others:
-            return [self._take(item, now) for item in others]
-        first = heads[0]
+        if others and not (self._owes_pass and len(others) < len(heads)):
+            now_executed = self._some_of_each(others, now)
+            self._owes_pass = len(now_executed) < len(others)
+            return [self._take(item, now) for item in now_executed]
+        self._owes_pass = False
+        first = next(item for item in heads if item.group != OTHER)
         batch, tokens, slots = [self._take(first, now)], first.tokens, self._runs[first.run_id].size_bytes
         runs, tenants = {first.run_id}, {self._runs[first.run_id].tenant_id}
         further_tokens = self._further_tokens(now)
@@ -145,15 +167,32 @@ class Schedule:
             tenants.add(run.tenant_id)
         return batch
 
+    def _some_of_each(self, items: list[Item], now: float) -> list[Item]:
+        """Of each tenant so many that nobody waits long for its next pass."""
+        at_most = _CALLS_IN_A_ROW_ALONE if self._is_alone(now) else _CALLS_IN_A_ROW
+        counts: Counter[str] = Counter()
+        chosen = []
+        for item in items:
+            tenant_id = self._runs[item.run_id].tenant_id
+            # One copy at a time: whether there is room for the next, the archive says.
+            if counts[tenant_id] < at_most and not (item.copies and any(c.copies for c in chosen)):
+                counts[tenant_id] += 1
+                chosen.append(item)
+        return chosen
+
     def _further_tokens(self, now: float) -> int:
         """Up to how many tokens a pass is filled with operations of tenants that have one in it already."""
+        return self.pass_tokens if self._is_alone(now) else self.pass_tokens // 4
+
+    def _is_alone(self, now: float) -> bool:
+        """Whether at most one tenant is about."""
         for tenant_id, since in list(self._about.items()):
             if now - since > _ABOUT_SECONDS:
                 del self._about[tenant_id]
-        return self.pass_tokens if len(self._about) < 2 else self.pass_tokens // 4
+        return len(self._about) < 2
 
     def ready(self) -> bool:
-        return bool(self._ready)
+        return bool(self._heads())
 
     def overdue(self, now: float) -> list[tuple[str, list[int], list[int]]]:
         """(run, numbers that never came, numbers of the operations behind them), given up from now on."""
@@ -196,9 +235,11 @@ class Schedule:
         )
 
     def _heads(self) -> list[Item]:
-        """Every run's next operation, least-served tenant first; equals in the order they became ready."""
-        runs = sorted(self._ready.values(), key=lambda r: self._served[r.tenant_id])
-        return [run.items[run.next_seq] for run in runs]
+        """Every run's next operation that can be executed now: by priority, then least-served tenant first;
+        equals in the order they became ready."""
+        runs = sorted(self._ready.values(), key=lambda r: (-r.priority, self._served[r.tenant_id]))
+        heads = [run.items[run.next_seq] for run in runs]
+        return [item for item in heads if not (item.copies and self.archive_is_full)]
 
     def _take(self, item: Item, now: float) -> Item:
         run = self._runs[item.run_id]

@@ -4,7 +4,8 @@ that was snapshotted and forgotten.)
 Everything here runs on the engine's thread.
 """
 
-from collections.abc import Callable, Collection
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from tinsmith_api.journal import metrics
 from tinsmith_worker.contract import AdapterState, Engine, LoraSpec
@@ -12,7 +13,8 @@ from tinsmith_worker.contract import AdapterState, Engine, LoraSpec
 
 class Slots:
     """An engine whose adapters come and go: at most `slot_bytes` of them on its device at once, except that
-    what one pass needs is there together. Least recently used ones leave first.
+    what one pass needs is there together. Those of the tenant that has most there leave first, of them the
+    least recently used: nobody is pushed out by somebody else's thousand runs.
 
     An adapter that was out has the bits it had: weights, moments, step and accumulated gradient.
     """
@@ -24,18 +26,21 @@ class Slots:
         self._on_device: dict[str, int] = {}  # run -> bytes, least recently used first
         self._in_host: dict[str, AdapterState] = {}  # least recently used first
         self._host_total = 0
+        self._tenants: dict[str, str] = {}  # run -> tenant
 
     def holds(self, run_id: str) -> bool:
         return run_id in self._on_device or run_id in self._in_host
 
-    def create(self, run_id: str, spec: LoraSpec) -> None:
+    def create(self, run_id: str, spec: LoraSpec, tenant_id: str) -> None:
         self.drop(run_id)
+        self._tenants[run_id] = tenant_id
         self._make_room(self._engine.size_bytes(spec), keep=())
         self._engine.create(run_id, spec)
         self._enter(run_id, spec)
 
-    def restore(self, run_id: str, state: AdapterState) -> None:
+    def restore(self, run_id: str, state: AdapterState, tenant_id: str) -> None:
         self.drop(run_id)
+        self._tenants[run_id] = tenant_id
         self._make_room(self._engine.size_bytes(state.spec), keep=())
         self._engine.restore(run_id, state)
         self._enter(run_id, state.spec)
@@ -44,6 +49,7 @@ class Slots:
         if self._on_device.pop(run_id, None) is not None:
             self._engine.drop(run_id)
         self._leave_host(run_id)
+        self._tenants.pop(run_id, None)
         self._count()
 
     def bring(self, run_ids: Collection[str]) -> None:
@@ -63,28 +69,60 @@ class Slots:
         """A copy of all of it, from wherever it is."""
         return self._in_host.get(run_id) or self._engine.state(run_id)
 
-    def surplus(self, *, is_idle: Callable[[str], bool]) -> list[str]:
-        """Idle runs that should leave host memory, least recently used first."""
-        leaving, total = [], self._host_total
-        for run_id, state in self._in_host.items():
-            if total <= self.host_bytes:
-                break
-            if is_idle(run_id):
+    def surplus(self, limits: Mapping[str, int], *, is_idle: Callable[[str], bool]) -> list[str]:
+        """Idle runs that should leave this worker's memory: those that the host has no room for, and those of
+        tenants that have more than their limit (tenant -> bytes) on device and host together."""
+        leaving: list[str] = []
+        if self._host_total > self.host_bytes:
+            sizes = {run_id: state.nbytes for run_id, state in self._in_host.items()}
+            total = self._host_total
+            for run_id in self._in_order(sizes, filter(is_idle, sizes)):
                 leaving.append(run_id)
-                total -= _bytes(state)
+                total -= sizes[run_id]
+                if total <= self.host_bytes:
+                    break
+        for tenant_id, limit in limits.items():
+            # Those in host memory were used less recently than those on the device.
+            sizes = {r: state.nbytes for r, state in self._in_host.items()} | self._on_device
+            its = [r for r in sizes if self._tenants.get(r) == tenant_id]
+            total = sum(sizes[r] for r in its if r not in leaving)
+            for run_id in its:
+                if total > limit and run_id not in leaving and is_idle(run_id):
+                    leaving.append(run_id)
+                    total -= sizes[run_id]
         return leaving
 
     def _make_room(self, size: int, keep: Collection[str]) -> None:
         total = sum(self._on_device.values())
-        for run_id in [r for r in self._on_device if r not in keep]:
-            if total + size <= self.slot_bytes:
-                return
+        if total + size <= self.slot_bytes:
+            return
+        sizes = dict(self._on_device)
+        for run_id in self._in_order(sizes, (r for r in sizes if r not in keep)):
             state = self._engine.state(run_id)  # if there is no memory for it, it stays where it is
             self._engine.drop(run_id)
             total -= self._on_device.pop(run_id)
             self._in_host[run_id] = state
-            self._host_total += _bytes(state)
+            self._host_total += state.nbytes
             metrics.PAGE_OUTS.labels("host").inc()
+            if total + size <= self.slot_bytes:
+                return
+
+    def _in_order(self, sizes: Mapping[str, int], may_leave: Iterable[str]) -> Iterable[str]:
+        """Runs in the order in which they should leave a place that holds `sizes`, given in order of use."""
+        has: Counter[str] = Counter()
+        for run_id, size in sizes.items():
+            has[self._tenants[run_id]] += size
+        waiting: dict[str, deque[str]] = {}
+        for run_id in may_leave:
+            waiting.setdefault(self._tenants[run_id], deque()).append(run_id)
+        while waiting:
+            # Of equals the one whose adapter was used least recently: the first.
+            tenant_id = max(waiting, key=lambda t: has[t])
+            run_id = waiting[tenant_id].popleft()
+            has[tenant_id] -= sizes[run_id]
+            if not waiting[tenant_id]:
+                del waiting[tenant_id]
+            yield run_id
 
     def _enter(self, run_id: str, spec: LoraSpec) -> None:
         self._on_device[run_id] = self._engine.size_bytes(spec)
@@ -92,15 +130,10 @@ class Slots:
 
     def _leave_host(self, run_id: str) -> None:
         if (state := self._in_host.pop(run_id, None)) is not None:
-            self._host_total -= _bytes(state)
+            self._host_total -= state.nbytes
 
     def _count(self) -> None:
         metrics.SLOTS.labels("device").set(len(self._on_device))
         metrics.SLOTS.labels("host").set(len(self._in_host))
         metrics.SLOT_BYTES.labels("device").set(sum(self._on_device.values()))
         metrics.SLOT_BYTES.labels("host").set(self._host_total)
-
-
-def _bytes(state: AdapterState) -> int:
-    flats = (state.weights, state.moment1, state.moment2, state.gradient)
-    return sum(flat.nbytes for flat in flats if flat is not None)

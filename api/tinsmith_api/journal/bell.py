@@ -18,6 +18,8 @@ log = logging.getLogger("tinsmith")
 
 RING = "tinsmith.ring"
 DONE_CHANNEL = "tinsmith.done"
+EVERYTHING = "*"
+"""Announced instead of names: whoever waits has to look for itself."""
 JOBS_QUEUE = "tinsmith.jobs"
 
 _PAUSE_SECONDS = 0.5
@@ -98,8 +100,12 @@ class _Sender:
 
     def _deliver(self, target: str, names: list[str]) -> None:
         for start in range(0, len(names), _IDS):
+            piece = names[start : start + _IDS]
             try:
-                self._send(target, names[start : start + _IDS])
+                try:
+                    self._send(target, piece)
+                except Exception:  # of a connection from before Redis was restarted; the next is a new one
+                    self._send(target, piece)
                 self._failing = False
             except Exception as error:  # whatever Redis, kombu or the network say
                 if not self._failing:
@@ -182,7 +188,10 @@ class Listener:
                 if message is not None and message["type"] == "subscribe":
                     self._on_missed()
                 elif message is not None and message["type"] == "message":
-                    self._on_done(message["data"].decode().split())
+                    names = message["data"].decode().split()
+                    self._on_done(names)
+                    if EVERYTHING in names:
+                        self._on_missed()
                 # A connection that is cut in the middle looks like silence.
                 if time.monotonic() - pinged > 2.0:
                     subscription.ping()

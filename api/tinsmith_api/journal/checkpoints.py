@@ -19,6 +19,8 @@ KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights"
 
 # Longer than a snapshot can lag behind the operation that read the objects.
 GARBAGE_SECONDS = 3600.0
+# Whoever began to delete a folder is done with it by then, or is gone.
+_DELETING_SECONDS = 600.0
 
 
 def path_of(run_id: str, kind: str, name: str) -> str:
@@ -57,10 +59,12 @@ def publish(connection: sa.Connection, request_id: str, values: Json) -> None:
 
 
 def free_name(connection: sa.Connection, request_id: str) -> None:
-    """The save failed: nothing is left of its reservation."""
-    connection.execute(
-        sa.delete(checkpoints).where(checkpoints.c.request_id == request_id, checkpoints.c.ready_at.is_(None))
+    """The save failed: nothing is left of its reservation, and what it wrote is collected."""
+    statement = sa.delete(checkpoints).where(
+        checkpoints.c.request_id == request_id, checkpoints.c.ready_at.is_(None)
     )
+    for prefix in list(connection.execute(statement.returning(checkpoints.c.object_prefix)).scalars()):
+        discard_objects(connection, prefix)
 
 
 def open_sampler(connection: sa.Connection, values: Json) -> bool:
@@ -95,12 +99,30 @@ def listing(
     return list(connection.execute(page.limit(limit).offset(offset)).all()), total
 
 
-def discard_objects(connection: sa.Connection, object_prefix: str) -> None:
+def discard_objects(
+    connection: sa.Connection, object_prefix: str, *, after_seconds: float = GARBAGE_SECONDS
+) -> None:
+    """These are garbage by then, unless `keep_objects` says otherwise before."""
     insert_if_new(
-        connection,
-        garbage,
-        {"object_prefix": object_prefix, "delete_after": time.time() + GARBAGE_SECONDS},
+        connection, garbage, {"object_prefix": object_prefix, "delete_after": time.time() + after_seconds}
     )
+
+
+def keep_objects(connection: sa.Connection, object_prefix: str) -> bool:
+    """What was announced as garbage is needed. False if it may be gone by now."""
+    statement = sa.delete(garbage).where(
+        garbage.c.object_prefix == object_prefix, garbage.c.delete_after > time.time()
+    )
+    return connection.execute(statement).rowcount > 0
+
+
+def claim_garbage(connection: sa.Connection, object_prefix: str) -> bool:
+    """Say that these objects are being deleted. False if they are not to be, or somebody else is at it."""
+    now = time.time()
+    statement = sa.update(garbage).where(
+        garbage.c.object_prefix == object_prefix, garbage.c.delete_after < now
+    )
+    return connection.execute(statement.values(delete_after=now + _DELETING_SECONDS)).rowcount > 0
 
 
 def expire(connection: sa.Connection, *, at_most: int) -> int:

@@ -50,7 +50,7 @@ def list_keys(connection: sa.Connection) -> Sequence[Any]:
 
 
 def change_tenant(connection: sa.Connection, name: str, changes: Json) -> bool:
-    """Set some of weight, max_runs, max_queued (0: the default). False if there is no such tenant."""
+    """Set some of weight, priority and the limits (0: the default). False if there is no such tenant."""
     known = sa.select(tenants.c.id).where(tenants.c.name == name)
     if connection.execute(known).one_or_none() is None:
         return False

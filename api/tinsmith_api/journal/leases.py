@@ -38,15 +38,19 @@ class Lease:
     snapshot_key: str | None
     weight: float = 1.0
     deaths: int = 0
+    priority: int = 0
+    max_page_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a worker hears when it says that it lives. queued: request id -> epoch of its run."""
+    """What a worker hears when it says that it lives. queued: request id -> epoch of its run. gave_up: others
+    of its pool were taken for dead."""
 
     is_alive: bool
     is_draining: bool
     queued: dict[str, int]
+    gave_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,20 +115,33 @@ def beat(
     me = connection.execute(sa.select(workers).where(workers.c.id == worker_id, _IS_LIVE)).one_or_none()
     if me is None:
         return Beat(is_alive=False, is_draining=False, queued={})
-    sweep(connection, base_model, dead_after_seconds=dead_after_seconds)
-    return Beat(True, me.draining_at is not None, backlog(connection, worker_id, base_model))
+    gave_up = sweep(connection, base_model, dead_after_seconds=dead_after_seconds)
+    return Beat(True, me.draining_at is not None, backlog(connection, worker_id, base_model), gave_up)
 
 
-def sweep(connection: sa.Connection, base_model: str, *, dead_after_seconds: float | None) -> None:
-    """Give up the workers that were silent for too long, and place what waits for workers that are gone."""
+def sweep(connection: sa.Connection, base_model: str, *, dead_after_seconds: float | None) -> bool:
+    """Give up the workers that were silent for too long (True if there were any), and place what waits for
+    workers that are gone."""
+    gave_up = False
     if dead_after_seconds is not None:
-        silent_for = clock(connection) - workers.c.heartbeat_at
-        limit = sa.case(
-            (workers.c.ready_at.is_(None), dead_after_seconds * _LOADING_LEASES), else_=dead_after_seconds
-        )
-        _stop(connection, workers.c.base_model == base_model, silent_for > limit, died=True)
+        silent = _is_silent(connection, dead_after_seconds)
+        gave_up = _stop(connection, workers.c.base_model == base_model, silent, died=True) > 0
     _place_runs(connection, base_model)
     _place_samples(connection, base_model)
+    return gave_up
+
+
+def somebody_is_silent(connection: sa.Connection, *, dead_after_seconds: float) -> bool:
+    """Whether a sweep with this patience would give up a worker of any pool."""
+    statement = sa.select(workers.c.id).where(_IS_LIVE, _is_silent(connection, dead_after_seconds))
+    return connection.execute(statement.limit(1)).one_or_none() is not None
+
+
+def _is_silent(connection: sa.Connection, dead_after_seconds: float) -> sa.ColumnElement[bool]:
+    limit = sa.case(
+        (workers.c.ready_at.is_(None), dead_after_seconds * _LOADING_LEASES), else_=dead_after_seconds
+    )
+    return clock(connection) - workers.c.heartbeat_at > limit
 
 
 def stop_worker(connection: sa.Connection, worker_id: str, *, died: bool = False) -> None:
@@ -142,9 +159,9 @@ def drain_worker(connection: sa.Connection, worker_id: str) -> bool:
     return connection.execute(statement.values(draining_at=clock(connection))).rowcount > 0
 
 
-def _stop(connection: sa.Connection, *where: sa.ColumnElement[bool], died: bool) -> None:
+def _stop(connection: sa.Connection, *where: sa.ColumnElement[bool], died: bool) -> int:
     statement = sa.update(workers).where(_IS_LIVE, *where)
-    connection.execute(statement.values(stopped_at=clock(connection), died=died))
+    return connection.execute(statement.values(stopped_at=clock(connection), died=died)).rowcount
 
 
 # -- placement -------------------------------------------------------------------------------------------
@@ -253,7 +270,7 @@ def take(connection: sa.Connection, run_id: str, worker_id: str) -> Lease | None
         .values(worker_id=worker_id, epoch=runs.c.epoch + 1)
     )
     row = connection.execute(
-        sa.select(runs, tenants.c.weight)
+        sa.select(runs, tenants.c.weight, tenants.c.priority, tenants.c.max_page_bytes)
         .join_from(runs, tenants)
         .where(runs.c.id == run_id, runs.c.worker_id == worker_id, sa.literal(worker_id).in_(live))
     ).one_or_none()
@@ -269,6 +286,8 @@ def take(connection: sa.Connection, run_id: str, worker_id: str) -> Lease | None
         row.snapshot_key,
         row.weight,
         row.deaths,
+        row.priority,
+        row.max_page_bytes,
     )
 
 

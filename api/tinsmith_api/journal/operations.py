@@ -70,13 +70,11 @@ class Usage:
     """What a tenant has at this moment, and the limits of its own (None: the service's)."""
 
     queued: int
+    queued_bytes: int
     runs: int
     max_queued: int | None
+    max_queued_bytes: int | None
     max_runs: int | None
-
-
-class Unfinished(Exception):  # noqa: N818 - the name says what is wrong
-    """A snapshot would cover an operation that has no result yet."""
 
 
 class LeaseLost(Exception):  # noqa: N818 - the name says what happened
@@ -114,15 +112,6 @@ _LEASE = (
     .with_for_update()
 )
 _FORGET_DEATHS = sa.update(runs).where(runs.c.id == sa.bindparam("of_run")).values(deaths=0, is_suspect=False)
-_QUEUED_BEHIND = (
-    sa.select(sa.func.count())
-    .select_from(operations)
-    .where(
-        operations.c.subject == sa.bindparam("of_run"),
-        operations.c.seq_id <= sa.bindparam("up_to"),
-        operations.c.state == QUEUED,
-    )
-)
 _FINISH = (
     sa.update(operations)
     .where(operations.c.request_id == _REQUEST_ID, operations.c.state == QUEUED)
@@ -197,27 +186,49 @@ def backlog(
             operations.c.state == QUEUED,
             sa.func.coalesce(runs.c.worker_id, operations.c.worker_id) == worker_id,
         )
-        .order_by(operations.c.submitted_at)
+        # Everybody's oldest before anybody's next: a flood keeps nobody else from being heard of.
+        .order_by(
+            sa.func.row_number().over(
+                partition_by=operations.c.tenant_id, order_by=operations.c.submitted_at
+            ),
+            operations.c.submitted_at,
+        )
         .limit(at_most)
     )
     return {row[0]: row[1] for row in connection.execute(statement)}
 
 
 def usage(connection: sa.Connection, tenant_id: str) -> Usage:
-    queued = sa.select(sa.func.count()).where(
-        operations.c.tenant_id == tenant_id, operations.c.state == QUEUED
+    waits = (operations.c.tenant_id == tenant_id, operations.c.state == QUEUED)
+    queued = sa.select(sa.func.count()).where(*waits)
+    # Neither database reads a body to say how long it is.
+    queued_bytes = (
+        sa.select(sa.func.coalesce(sa.func.sum(sa.func.length(payloads.c.body)), 0))
+        .join_from(operations, payloads, operations.c.request_id == payloads.c.request_id)
+        .where(*waits)
     )
     is_open = sa.exists().where(sessions.c.id == runs.c.session_id, sessions.c.finished_at.is_(None))
     open_runs = sa.select(sa.func.count()).where(runs.c.tenant_id == tenant_id, is_open)
     row = connection.execute(
         sa.select(
             queued.scalar_subquery().label("queued"),
+            queued_bytes.scalar_subquery().label("queued_bytes"),
             open_runs.scalar_subquery().label("runs"),
             tenants.c.max_queued,
+            tenants.c.max_queued_bytes,
             tenants.c.max_runs,
         ).where(tenants.c.id == tenant_id)
     ).one()
-    return Usage(row.queued, row.runs, row.max_queued, row.max_runs)
+    return Usage(
+        row.queued, int(row.queued_bytes), row.runs, row.max_queued, row.max_queued_bytes, row.max_runs
+    )
+
+
+def is_known(connection: sa.Connection, subject: str, seq_id: int) -> bool:
+    """Whether this number was submitted before."""
+    statement = sa.select(operations.c.request_id)
+    row = connection.execute(statement.where(operations.c.subject == subject, operations.c.seq_id == seq_id))
+    return row.one_or_none() is not None
 
 
 def queued_counts(connection: sa.Connection) -> dict[str, int]:
@@ -302,36 +313,6 @@ def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: i
     if deaths is None:
         raise LeaseLost(run_id)
     return deaths
-
-
-def record_snapshot(
-    connection: sa.Connection, run_id: str, *, seq_id: int, key: str, worker_id: str, epoch: int
-) -> str | None:
-    """Make `key` the run's snapshot, covering operations up to `seq_id`; their payloads are purged.
-
-    Returns the key of the snapshot it replaces. LeaseLost as in `finish`; Unfinished if one of those
-    operations has no result: it would never be executed again.
-    """
-    check_lease(connection, run_id, worker_id, epoch)
-    if connection.execute(_QUEUED_BEHIND, {"of_run": run_id, "up_to": seq_id}).scalar_one():
-        raise Unfinished(run_id)
-    before = connection.execute(
-        sa.select(runs.c.snapshot_seq, runs.c.snapshot_key).where(runs.c.id == run_id)
-    ).one()
-    if before.snapshot_key == key:
-        return None  # recorded already; the connection broke before that was known
-    assert before.snapshot_seq < seq_id, (
-        f"{run_id}: a snapshot of {seq_id} behind one of {before.snapshot_seq}"
-    )
-    connection.execute(
-        sa.update(runs).where(runs.c.id == run_id).values(snapshot_seq=seq_id, snapshot_key=key)
-    )
-    covered = sa.select(operations.c.request_id).where(
-        operations.c.subject == run_id, operations.c.seq_id <= seq_id
-    )
-    connection.execute(sa.delete(payloads).where(payloads.c.request_id.in_(covered)))
-    replaced: str | None = before.snapshot_key
-    return replaced
 
 
 def purge_results(connection: sa.Connection, *, finished_before: float, at_most: int) -> int:

@@ -23,6 +23,7 @@ log = logging.getLogger("tinsmith")
 
 Result = TypeVar("Result")
 Statement = Callable[[sa.Connection], Result]
+_Job = tuple[Statement[Any], "Future[Any]", float]  # what, for whom, since when
 
 # Beyond this many functions a group's first waiter would wait for the others longer than for the disk.
 _GROUP = 64
@@ -37,7 +38,8 @@ class Unavailable(Exception):  # noqa: N818 - the name says what is wrong
 class Store:
     """Opens `url` ("sqlite:////path/to/file" or a PostgreSQL URL) and brings its schema up to date.
 
-    A server that is gone is waited for, at most `patience_seconds`; then Unavailable.
+    A server that is gone is waited for, at most `patience_seconds` from the moment of asking; then
+    Unavailable.
     """
 
     def __init__(self, url: str, *, patience_seconds: float = 20.0) -> None:
@@ -59,8 +61,8 @@ class Store:
             for engine in (self._writes, self._reads):
                 sa.event.listen(engine, "connect", _prepare_postgresql)
         with self._turn():
-            self._repeat_while_gone(self._migrate)
-        self._jobs: queue.SimpleQueue[tuple[Statement[Any], Future[Any]] | None] = queue.SimpleQueue()
+            self._repeat_while_gone(self._migrate, time.monotonic())
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="journal-read")
         self._writer = threading.Thread(target=self._write_forever, name="journal-write", daemon=True)
         self._writer.start()
@@ -70,7 +72,7 @@ class Store:
         done: Future[Result] = Future()
         # From here on it cannot be cancelled: who stops waiting does not undo what was asked for.
         done.set_running_or_notify_cancel()
-        self._jobs.put((statement, done))
+        self._jobs.put((statement, done, time.monotonic()))
         return done
 
     def read(self, statement: Statement[Result]) -> "Future[Result]":
@@ -80,14 +82,14 @@ class Store:
         # A lookup in the file takes less time than handing it to another thread.
         done: Future[Result] = Future()
         try:
-            done.set_result(self._read(statement))
+            done.set_result(self._read(statement, time.monotonic()))
         except Exception as error:
             done.set_exception(error)
         return done
 
     def read_apart(self, statement: Statement[Result]) -> "Future[Result]":
         """As `read`, always on another thread: for what finds more than a few rows."""
-        return self._readers.submit(self._read, statement)
+        return self._readers.submit(self._read, statement, time.monotonic())
 
     def close(self) -> None:
         """Commit what was asked for, then let go of the file."""
@@ -99,8 +101,8 @@ class Store:
         if self._turn_file:
             self._turn_file.close()
 
-    def _read(self, statement: Statement[Result]) -> Result:
-        return self._repeat_while_gone(lambda: self._read_once(statement))
+    def _read(self, statement: Statement[Result], asked_at: float) -> Result:
+        return self._repeat_while_gone(lambda: self._read_once(statement), asked_at)
 
     def _read_once(self, statement: Statement[Result]) -> Result:
         if getattr(self._mine, "connection", None) is None:
@@ -114,9 +116,10 @@ class Store:
                 self._mine.connection = None
             raise
 
-    def _repeat_while_gone(self, attempt: Callable[[], Result]) -> Result:
-        """Until the database answers, be it with an error of its own; Unavailable when patience is over."""
-        until = time.monotonic() + self.patience_seconds
+    def _repeat_while_gone(self, attempt: Callable[[], Result], asked_at: float) -> Result:
+        """Until the database answers, be it with an error of its own; Unavailable when patience is over. From
+        when it was asked for: who stood in line meanwhile has waited as well."""
+        until = asked_at + self.patience_seconds
         pause = 0.05
         while True:
             try:
@@ -144,21 +147,22 @@ class Store:
                 log.exception("answering a group of writes failed")
             job = None if last is None else self._jobs.get()
 
-    def _commit(self, group: list[tuple[Statement[Any], "Future[Any]"]]) -> None:
+    def _commit(self, group: "list[_Job]") -> None:
         def attempt() -> list[Any]:
             with self._turn(), self._writes.begin() as connection:
-                return [statement(connection) for statement, _ in group]
+                return [statement(connection) for statement, _, _ in group]
 
         try:
-            results = self._repeat_while_gone(attempt)
+            results = self._repeat_while_gone(attempt, group[0][2])
         except BaseException as error:  # whatever it was belongs to who asked, not to this thread
-            if len(group) == 1:
-                group[0][1].set_exception(error)
+            if len(group) == 1 or isinstance(error, Unavailable):
+                for _, done, _ in group:
+                    done.set_exception(error)
                 return
             for job in group:
                 self._commit([job])
             return
-        for (_, done), result in zip(group, results, strict=True):
+        for (_, done, _), result in zip(group, results, strict=True):
             done.set_result(result)
 
     @contextmanager

@@ -17,6 +17,11 @@ tenants = sa.Table(
     sa.Column("weight", sa.Float, nullable=False, server_default="1"),
     sa.Column("max_runs", sa.Integer),
     sa.Column("max_queued", sa.Integer),
+    sa.Column("max_queued_bytes", sa.BigInteger),
+    # What its adapters may fill of each worker's memory (NULL: no limit); others wait in the object store.
+    sa.Column("max_page_bytes", sa.BigInteger),
+    # Who has a higher one is served first, whatever its share.
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
 )
 
 keys = sa.Table(

@@ -57,6 +57,7 @@ async def _outcome(mine: Owner, request_id: str) -> Outcome:
             try:
                 await asyncio.wait_for(woken.wait(), max(0.0, deadline - loop.time()))
             except TimeoutError:
+                wakeups.retract(request_id)  # that nobody was woken proves nothing any more
                 return await mine.outcome(request_id)
             woken.clear()
             outcome = await mine.outcome(request_id)

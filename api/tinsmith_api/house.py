@@ -26,10 +26,13 @@ PERIODS = {
     "reap_sessions": 60.0,
     "collect_garbage": 60.0,
     "prune_journal": 60.0,
+    "tidy_objects": 3600.0,
 }
 """The chores, methods of House, and the seconds between two runs of each."""
 
 _DAY_SECONDS = 86400.0
+# Longer than anything takes to be written.
+_TIDY_SECONDS = 6 * 3600.0
 _WEEK_SECONDS = 7 * _DAY_SECONDS
 # What is deleted in one transaction: everybody else's writes wait for it.
 _PIECE = 500
@@ -99,6 +102,9 @@ class House:
                 log.warning("%s stays for now: %s", prefix, error)
                 continue
             self.journal.write(functools.partial(checkpoints.forget_garbage, object_prefix=prefix)).result()
+
+    def tidy_objects(self) -> None:
+        self.objects.tidy(older_than_seconds=_TIDY_SECONDS)
 
     def prune_journal(self) -> None:
         """Forget results nobody fetched for a day, and workers gone for a week."""

@@ -409,6 +409,47 @@ def test_large_files_go_in_parts_and_small_ones_in_one_request(through: ObjectSt
     assert "/manifest.json " in puts[-1]
 
 
+def test_uploads_of_writers_that_died_are_ended_and_those_under_way_are_not(
+    server: Moto | Swift, bucket: Bucket
+) -> None:
+    store = open_store(bucket.url, endpoint=bucket.endpoint)
+    client, root = bucket.client, bucket.url.removeprefix("s3://bucket/")
+    elsewhere = client.create_multipart_upload(Bucket="bucket", Key=f"{root}x/not/ours")["UploadId"]
+    left = client.create_multipart_upload(Bucket="bucket", Key=f"{root}/a/b/digest/large")["UploadId"]
+
+    def unfinished() -> set[str]:
+        listed = client.list_multipart_uploads(Bucket="bucket", Prefix=root).get("Uploads", ())
+        return {upload["UploadId"] for upload in listed}
+
+    if isinstance(server, Swift):  # moto says of every upload that it began in 2010
+        assert store.tidy(older_than_seconds=3600) == 0
+    assert unfinished() == {elsewhere, left}
+    # The server's clock may be ahead of ours by a moment, and counts in seconds.
+    assert store.tidy(older_than_seconds=-60) == 1
+    assert unfinished() == {elsewhere}
+    assert store.tidy(older_than_seconds=-60) == 0
+    client.abort_multipart_upload(Bucket="bucket", Key=f"{root}x/not/ours", UploadId=elsewhere)
+
+
+def test_what_cannot_be_deleted_now_is_not_called_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DirectoryStore(tmp_path)
+    store.put("a/b", SMALL)
+
+    def refuses(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refuses)
+        with pytest.raises(PermissionError):
+            store.delete("a/b")
+    store.delete("a/b")
+    with pytest.raises(Damaged):
+        store.get("a/b")
+    store.delete("a/b")
+
+
 @pytest.mark.parametrize(
     "given, said",
     [

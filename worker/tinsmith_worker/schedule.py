@@ -171,7 +171,7 @@ class Schedule:
         """Of each tenant so many that nobody waits long for its next pass."""
         at_most = _CALLS_IN_A_ROW_ALONE if self._is_alone(now) else _CALLS_IN_A_ROW
         counts: Counter[str] = Counter()
-        chosen = []
+        chosen: list[Item] = []
         for item in items:
             tenant_id = self._runs[item.run_id].tenant_id
             # One copy at a time: whether there is room for the next, the archive says.

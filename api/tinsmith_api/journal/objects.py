@@ -1,5 +1,6 @@
 """The object store: checkpoints and snapshots, each a folder of files that appears whole or not at all."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -44,6 +45,11 @@ class ObjectStore(Protocol):
         """Nothing if there is nothing; OSError if it cannot be done now."""
         ...
 
+    def tidy(self, *, older_than_seconds: float) -> int:
+        """Let go of what writers that died left half-written in the store's own ways, and that no prefix
+        shows; how many pieces. Nobody has touched them for so long."""
+        ...
+
 
 class Entry(NamedTuple):
     size_bytes: int
@@ -81,7 +87,7 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self.tidy(older_than_seconds=_STALE_SECONDS)
 
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
         target = self._folder(prefix)
@@ -110,7 +116,8 @@ class DirectoryStore:
         return files
 
     def delete(self, prefix: str) -> None:
-        shutil.rmtree(self._folder(prefix), ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._folder(prefix))
 
     def _write(self, target: Path, files: dict[str, bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,15 +142,17 @@ class DirectoryStore:
         except Damaged:
             return None
 
-    def _sweep(self) -> None:
-        """Other processes may be writing at this moment, so only what was left long ago goes."""
+    def tidy(self, *, older_than_seconds: float) -> int:
+        count = 0
         for folder in self.root.glob(f"{_WRITING}*"):
             try:
                 age = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             except FileNotFoundError:
                 continue  # renamed into place just now
-            if age > _STALE_SECONDS:
+            if age > older_than_seconds:
                 shutil.rmtree(folder, ignore_errors=True)
+                count += 1
+        return count
 
     def _folder(self, prefix: str) -> Path:
         folder = (self.root / prefix).resolve()

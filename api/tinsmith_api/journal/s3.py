@@ -9,6 +9,7 @@ trailers.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -101,6 +102,29 @@ class S3Store:
             for page in pages:
                 keys = [entry["Key"] for entry in page.get("Contents", ())]
                 self._at_once(lambda key: self._client.delete_object(Bucket=self._bucket, Key=key), keys)
+
+    def tidy(self, *, older_than_seconds: float) -> int:
+        """Parts of uploads that nobody will complete: they are listed nowhere else, and paid for."""
+        count, before = 0, time.time() - older_than_seconds
+        with _translated("unfinished uploads cannot be ended"):
+            try:
+                for upload in self._unfinished_uploads():
+                    if upload["Initiated"].timestamp() < before:
+                        self._client.abort_multipart_upload(
+                            Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                        )
+                        count += 1
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (405, 501):
+                    raise
+                # This server does not list them: a lifecycle rule of the bucket has to do it.
+        return count
+
+    def _unfinished_uploads(self) -> list[Any]:
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self._bucket, Prefix=f"{self._root}/" if self._root else ""
+        )
+        return [upload for page in pages for upload in page.get("Uploads", ())]
 
     def _size_if_whole(self, prefix: str) -> int | None:
         """By its manifest, which was written last."""

@@ -60,7 +60,13 @@ def _server(service: Service) -> uvicorn.Server:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     config = uvicorn.Config(
-        make_app(service), access_log=False, log_level="warning", timeout_graceful_shutdown=5
+        make_app(service),
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=5,
+        # Longer than clients and proxies keep a connection that nobody uses: who hangs up first may do so while
+        # the other sends, and the call has to be sent again.
+        timeout_keep_alive=180,
     )
     return uvicorn.Server(config)
 

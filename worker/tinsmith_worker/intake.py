@@ -93,6 +93,14 @@ class SampleArrived:
     operation: Operation
     task: pb.SampleTask
     given: SampleInput | None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class WeightsRead:
+    """A sampler's weights that were asked for, or why not."""
+
+    object_prefix: str
     weights: AdapterState | None
     failure: Failure | None = None
 
@@ -111,7 +119,9 @@ class Drain:
 
 
 _Work = queue.SimpleQueue[Callable[[], None]]
-Event = Adopt | Arrived | Waiting | Snapshotted | Settled | Room | SampleArrived | LeaseGone | Drain
+Event = (
+    Adopt | Arrived | Waiting | Snapshotted | Settled | Room | SampleArrived | WeightsRead | LeaseGone | Drain
+)
 
 
 # What is read from the object store at once. Operations that need nothing of it are unpacked by others.
@@ -125,7 +135,7 @@ _MAX_PAUSE_SECONDS = 5.0
 
 
 class Intake:
-    """`inbox` is read by the engine's thread. `known` (run -> epoch), `samplers` and `sampling` remember what
+    """`inbox` is read by the engine's thread. `known` (run -> epoch) and `sampling` remember what
     it was sent; `ahead` counts the unpacked operations of every run, and the engine corrects it at each turn.
 
     `patience_seconds`: for how long an object store that does not answer is asked for a checkpoint. A run's
@@ -151,7 +161,6 @@ class Intake:
         self.inbox = inbox
         self.patience_seconds = patience_seconds
         self.known: dict[str, int] = {}
-        self.samplers: set[str] = set()
         self.sampling: set[str] = set()
         self.ahead: dict[str, int] = {}
         # Runs being adopted, with what was rung for meanwhile: it must reach the inbox behind them.
@@ -377,38 +386,25 @@ class Intake:
         task = pb.SampleTask()
         try:
             task.ParseFromString(operation.payload)
-            if task.object_prefix and task.object_prefix not in self.samplers:
-                self.load_and_send(operation, task)
-            else:
-                self._send_sample(operation, task, loads=False)
+            self.inbox.put(SampleArrived(operation, task, sample_input(operation.request_id, task)))
         except Exception as error:
-            self._cannot_be_sampled(operation, task, error)
+            self.inbox.put(SampleArrived(operation, task, None, _cannot(error, "be sampled")))
 
-    def load_and_send(self, operation: Operation, task: pb.SampleTask) -> None:
-        """A sample request together with the weights that it samples."""
-        self._reading.put(functools.partial(self._send_sample, operation, task, loads=True))
+    def read_weights(self, object_prefix: str) -> None:
+        """Send a sampler's weights."""
+        self._reading.put(functools.partial(self._read_weights, object_prefix))
+
+    def _read_weights(self, object_prefix: str) -> None:
+        try:
+            self.inbox.put(WeightsRead(object_prefix, self.load(object_prefix)))
+        except Exception as error:
+            self.inbox.put(WeightsRead(object_prefix, None, _cannot(error, "be sampled")))
 
     def _fetch_sample(self, request_id: str) -> None:
         fetch = functools.partial(ops.fetch, request_ids=[request_id])
         for operation in self.journal.read(fetch).result():
             self.sampling.discard(request_id)
             self._sample(replace(operation, payload=operation.payload or b""))
-
-    def _send_sample(self, operation: Operation, task: pb.SampleTask, *, loads: bool) -> None:
-        try:
-            weights = self.load(task.object_prefix) if loads else None
-            if loads:
-                self.samplers.add(task.object_prefix)
-            self.inbox.put(SampleArrived(operation, task, sample_input(operation.request_id, task), weights))
-        except Exception as error:
-            self._cannot_be_sampled(operation, task, error)
-
-    def _cannot_be_sampled(self, operation: Operation, task: pb.SampleTask, error: Exception) -> None:
-        failure = Failure(str(error))
-        if not isinstance(error, InvalidInput):
-            log.error("sample %s cannot be prepared", operation.request_id, exc_info=error)
-            failure = Failure(f"cannot be sampled: {error}", "server")
-        self.inbox.put(SampleArrived(operation, task, None, None, failure))
 
     def load(self, object_prefix: str) -> AdapterState:
         """A checkpoint's adapter; InvalidInput if its files are not whole."""
@@ -434,6 +430,13 @@ class Intake:
 
 
 _READING = (ops.CREATE_MODEL, ops.LOAD_WEIGHTS)  # may read a checkpoint
+
+
+def _cannot(error: Exception, what: str) -> Failure:
+    if isinstance(error, InvalidInput):
+        return Failure(str(error))
+    log.error("cannot %s", what, exc_info=error)
+    return Failure(f"cannot {what}: {error}", "server")
 
 
 def _reads_checkpoint(operation: Operation) -> bool:

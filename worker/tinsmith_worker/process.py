@@ -42,6 +42,7 @@ from tinsmith_worker.intake import (
     Settled,
     Snapshotted,
     Waiting,
+    WeightsRead,
 )
 from tinsmith_worker.outbox import Outbox
 from tinsmith_worker.sampling import Sampling
@@ -238,6 +239,8 @@ class Worker:
                 self._adopt(event)
             case SampleArrived():
                 self.sampling.begin(event)
+            case WeightsRead():
+                self.sampling.weights_read(event)
             case LeaseGone(run_id, epoch):
                 if self.intake.known.get(run_id) == epoch:
                     metrics.LEASE_LOSSES.inc()

@@ -1,16 +1,24 @@
-"""Sample requests between their arrival and their answer. Everything here runs on the engine's thread."""
+"""Sample requests between their arrival and their answer. Everything here runs on the engine's thread.
+
+Tenants share the sampler by sequences: a place that becomes free goes to the tenant that has fewest, so a
+flood of one's requests stands in its own line and in nobody else's.
+"""
 
 import logging
 import time
-from dataclasses import replace
+from collections import Counter, deque
 
 from tinsmith.errors import InvalidInput
 from tinsmith_worker import answers
-from tinsmith_worker.contract import AdapterState, Failure, SampleOutput, Sampler
-from tinsmith_worker.intake import Intake, SampleArrived
+from tinsmith_worker.contract import Failure, SampleOutput, Sampler
+from tinsmith_worker.intake import Intake, SampleArrived, WeightsRead
 from tinsmith_worker.outbox import Outbox
 
 log = logging.getLogger("tinsmith.worker")
+
+# So many sequences are given to the sampler at once: about what it lets grow together. What it has beyond
+# that, it serves in the order of arrival.
+_SEQUENCES = 256
 
 
 class Sampling:
@@ -23,30 +31,41 @@ class Sampling:
         self._samplers_held = samplers_held
         self._samplers: dict[str, None] = {}  # least recently used first
         self._under_way: dict[str, SampleArrived] = {}
+        self._waiting: dict[str, deque[str]] = {}  # tenant -> its requests that have no place yet
+        self._placed: dict[str, str] = {}  # request -> the sampler it uses
+        self._sequences: Counter[str] = Counter()  # of each tenant's requests that have a place
+        self._reading: dict[str, list[str]] = {}  # sampler whose weights are being read -> who waits for them
 
     @property
     def busy(self) -> bool:
         return self._sampler.busy
 
     def begin(self, event: SampleArrived) -> None:
-        request_id, prefix = event.operation.request_id, event.task.object_prefix
-        if prefix and event.given and event.weights is None and not self._sampler.holds(prefix):
-            # The intake leaves weights out that it sent before; these were let go of since.
-            self._intake.load_and_send(event.operation, event.task)
-            return
-        self._under_way[request_id] = replace(event, weights=None)
+        request_id = event.operation.request_id
+        self._under_way[request_id] = event
         if event.failure is not None or event.given is None:
             self._fail(request_id, event.failure or Failure("the request could not be read", "server"))
             return
-        try:
-            if prefix:
-                self._hold(prefix, event.weights)
-            self._sampler.add(event.given)
-        except InvalidInput as error:
-            self._fail(request_id, Failure(str(error)))
-        except Exception as error:  # no memory for the weights, say: this request's fault alone
-            log.exception("sampling %s cannot begin", request_id)
-            self._fail(request_id, Failure(f"sampling cannot begin: {error}", "server"))
+        self._waiting.setdefault(event.operation.tenant_id, deque()).append(request_id)
+        self._fill()
+
+    def weights_read(self, event: WeightsRead) -> None:
+        waiting = self._reading.pop(event.object_prefix, [])
+        failure = event.failure
+        if event.weights is not None:
+            try:
+                self._sampler.hold(event.object_prefix, event.weights)
+                self._keep(event.object_prefix)
+            except Exception as error:  # no memory for the weights, say
+                if not isinstance(error, InvalidInput):
+                    log.exception("the weights of %s cannot be held", event.object_prefix)
+                failure = Failure(f"sampling cannot begin: {error}", "server")
+        for request_id in waiting:
+            if failure is None and request_id in self._under_way:
+                self._add(request_id)
+            elif failure is not None:
+                self._fail(request_id, failure)
+        self._fill()
 
     def decode(self, *, until: float) -> None:
         """Sample until that time (time.monotonic), at least one step, or until nothing is under way."""
@@ -59,24 +78,62 @@ class Sampling:
                         self._fail(*finished)
             except Exception as error:
                 log.exception("sampling failed")
-                for request_id in list(self._under_way):
+                reading = {r for waiting in self._reading.values() for r in waiting}
+                for request_id in self._placed.keys() - reading:
                     self._sampler.cancel(request_id)
                     self._fail(request_id, Failure(f"sampling failed: {error}", "server"))
+            self._fill()
             if time.monotonic() >= until:
                 return
 
-    def _hold(self, prefix: str, weights: AdapterState | None) -> None:
-        """Have the sampler hold these weights, and let go of the ones not used for longest."""
-        if not self._sampler.holds(prefix):
-            assert weights is not None, prefix
-            self._sampler.hold(prefix, weights)
+    def _fill(self) -> None:
+        """Give the places that are free to those that have fewest. One request is always let in."""
+        while self._waiting:
+            tenant_id = min(self._waiting, key=lambda t: self._sequences[t])
+            request_id = self._waiting[tenant_id][0]
+            given = self._under_way[request_id].given
+            assert given is not None
+            taken = self._sequences.total()
+            if taken and taken + given.num_samples > _SEQUENCES:
+                return
+            self._waiting[tenant_id].popleft()
+            if not self._waiting[tenant_id]:
+                del self._waiting[tenant_id]
+            self._sequences[tenant_id] += given.num_samples
+            self._place(request_id)
+
+    def _place(self, request_id: str) -> None:
+        prefix = self._under_way[request_id].task.object_prefix
+        self._placed[request_id] = prefix
+        if not prefix or self._sampler.holds(prefix):
+            self._add(request_id)
+        elif prefix in self._reading:
+            self._reading[prefix].append(request_id)
+        else:
+            self._reading[prefix] = [request_id]
+            self._intake.read_weights(prefix)
+
+    def _add(self, request_id: str) -> None:
+        event = self._under_way[request_id]
+        assert event.given is not None
+        try:
+            if prefix := event.task.object_prefix:
+                self._keep(prefix)
+            self._sampler.add(event.given)
+        except InvalidInput as error:
+            self._fail(request_id, Failure(str(error)))
+        except Exception as error:  # this request's fault alone
+            log.exception("sampling %s cannot begin", request_id)
+            self._fail(request_id, Failure(f"sampling cannot begin: {error}", "server"))
+
+    def _keep(self, prefix: str) -> None:
+        """These weights are used now; let go of the ones not used for longest."""
         self._samplers.pop(prefix, None)
         self._samplers[prefix] = None
-        in_use = {event.task.object_prefix for event in self._under_way.values()}
+        in_use = set(self._placed.values())
         idle = [held for held in self._samplers if held not in in_use]
         for old in idle[: max(0, len(self._samplers) - self._samplers_held)]:
             del self._samplers[old]
-            self._intake.samplers.discard(old)
             self._sampler.release(old)
 
     def _done(self, output: SampleOutput) -> None:
@@ -96,4 +153,10 @@ class Sampling:
     def _take(self, request_id: str) -> SampleArrived | None:
         """None if it was answered already."""
         self._intake.sampling.discard(request_id)
-        return self._under_way.pop(request_id, None)
+        event = self._under_way.pop(request_id, None)
+        if event and event.given and self._placed.pop(request_id, None) is not None:
+            tenant_id = event.operation.tenant_id
+            self._sequences[tenant_id] -= event.given.num_samples
+            if not self._sequences[tenant_id]:
+                del self._sequences[tenant_id]
+        return event

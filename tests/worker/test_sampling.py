@@ -1,0 +1,162 @@
+"""Who samples next: requests between the intake and the sampler, with a sampler that grows a token a step."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+
+from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.operations import Operation
+from tinsmith_worker.contract import (
+    AdapterState,
+    Failure,
+    LoraSpec,
+    SampledSequence,
+    SampleInput,
+    SampleOutput,
+)
+from tinsmith_worker.intake import Intake, SampleArrived, WeightsRead
+from tinsmith_worker.outbox import Outbox
+from tinsmith_worker.sampling import Sampling
+
+TOKENS = 10
+
+
+class Growing:
+    """At most 256 sequences at once, the others in the order of their arrival; each takes TOKENS steps."""
+
+    def __init__(self) -> None:
+        self.waiting: list[SampleInput] = []
+        self.growing: dict[str, tuple[SampleInput, int]] = {}
+        self.held: dict[str, AdapterState] = {}
+
+    def hold(self, sampler_id: str, state: AdapterState) -> None:
+        self.held[sampler_id] = state
+
+    def holds(self, sampler_id: str) -> bool:
+        return sampler_id in self.held
+
+    def release(self, sampler_id: str) -> None:
+        assert all(g.sampler_id != sampler_id for g, _ in self.growing.values())
+        del self.held[sampler_id]
+
+    def add(self, given: SampleInput) -> None:
+        assert not given.sampler_id or given.sampler_id in self.held
+        self.waiting.append(given)
+
+    def cancel(self, request_id: str) -> None:
+        self.growing.pop(request_id, None)
+
+    def step(self) -> list[SampleOutput | tuple[str, Failure]]:
+        while self.waiting and sum(g.num_samples for g, _ in self.growing.values()) < 256:
+            given = self.waiting.pop(0)
+            # As if they had begun at different times.
+            self.growing[given.request_id] = (given, TOKENS - len(self.growing) % TOKENS)
+        done: list[SampleOutput | tuple[str, Failure]] = []
+        for request_id, (given, left) in list(self.growing.items()):
+            self.growing[request_id] = (given, left - 1)
+            if left == 1:
+                del self.growing[request_id]
+                sequence = SampledSequence(np.zeros(1, np.int32), np.zeros(1, np.float32), stopped=False)
+                done.append(SampleOutput(request_id, [sequence] * given.num_samples))
+        return done
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.growing)
+
+
+class Ends:
+    """What is around it: the intake that reads weights when told to, and the outbox."""
+
+    def __init__(self) -> None:
+        self.sampling: set[str] = set()
+        self.asked: list[str] = []
+        self.finished: list[str] = []
+        self.failed: dict[str, str] = {}
+
+    def read_weights(self, object_prefix: str) -> None:
+        self.asked.append(object_prefix)
+
+    def result(self, operation: Operation, body: Callable[[], bytes], **_: object) -> None:
+        self.finished.append(operation.request_id)
+
+    def failure(self, operation: Operation, failure: Failure) -> None:
+        self.failed[operation.request_id] = failure.message
+
+
+def sampling(**settings: Any) -> tuple[Sampling, Growing, Ends]:
+    sampler, ends = Growing(), Ends()
+    made = Sampling(sampler, cast(Intake, ends), cast(Outbox, ends), **{"samplers_held": 2, **settings})
+    return made, sampler, ends
+
+
+def arrived(request_id: str, tenant: str, *, prefix: str = "", num_samples: int = 1) -> SampleArrived:
+    task = pb.SampleTask(object_prefix=prefix, num_samples=num_samples)
+    given = SampleInput(request_id, prefix, np.zeros(1, np.int32), num_samples, TOKENS, 1)
+    operation = Operation("s", 1, ops.SAMPLE, tenant, "m", request_id=request_id)
+    return SampleArrived(operation, task, given)
+
+
+def step(made: Sampling) -> None:
+    made.decode(until=0.0)
+
+
+WEIGHTS = AdapterState(LoraSpec(1, 1), (), np.zeros(1, np.float32))
+
+
+def test_a_thousand_requests_of_one_tenant_do_not_double_another_s_wait() -> None:
+    made, _, ends = sampling()
+    for number in range(1000):
+        made.begin(arrived(f"a{number}", "flooding"))
+    for _ in range(20):
+        step(made)
+    made.begin(arrived("b", "other"))
+    steps = 0
+    while "b" not in ends.finished:
+        step(made)
+        steps += 1
+    assert steps < 2 * TOKENS, steps
+    while made.busy:
+        step(made)
+    assert len(ends.finished) == 1001
+    assert not made._sequences
+
+
+def test_weights_are_read_once_for_all_that_wait_for_them_and_failures_are_theirs_alone() -> None:
+    made, sampler, ends = sampling()
+    for name in ("x", "y"):
+        for number in range(3):
+            made.begin(arrived(f"{name}{number}", "t", prefix=name))
+    made.begin(arrived("base", "t"))
+    assert ends.asked == ["x", "y"]
+    step(made)
+    made.weights_read(WeightsRead("x", WEIGHTS))
+    made.weights_read(WeightsRead("y", None, Failure("gone")))
+    while made.busy:
+        step(made)
+    assert sorted(ends.finished) == ["base", "x0", "x1", "x2"]
+    assert ends.failed == dict.fromkeys(("y0", "y1", "y2"), "gone")
+    assert list(sampler.held) == ["x"]
+
+
+def test_weights_that_nobody_samples_are_let_go_of_and_read_again_when_somebody_does() -> None:
+    made, sampler, ends = sampling(samplers_held=2)
+    for name in ("x", "y", "z", "x"):
+        made.begin(arrived(f"{name}{len(ends.asked)}", "t", prefix=name))
+        made.weights_read(WeightsRead(name, WEIGHTS))
+        while made.busy:
+            step(made)
+    assert ends.asked == ["x", "y", "z", "x"]
+    assert list(sampler.held) == ["z", "x"]
+
+
+def test_a_request_larger_than_all_places_is_let_in_alone() -> None:
+    made, _, ends = sampling()
+    made.begin(arrived("small", "t"))
+    made.begin(arrived("large", "u", num_samples=1000))
+    made.begin(arrived("next", "v"))
+    while made.busy:
+        step(made)
+    assert sorted(ends.finished) == ["large", "next", "small"]

@@ -64,8 +64,8 @@ def _server(service: Service) -> uvicorn.Server:
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=5,
-        # Longer than clients and proxies keep a connection that nobody uses: who hangs up first may do so while
-        # the other sends, and the call has to be sent again.
+        # Longer than clients and proxies keep a connection that nobody uses: who hangs up first may do so
+        # while the other sends, and the call has to be sent again.
         timeout_keep_alive=180,
     )
     return uvicorn.Server(config)

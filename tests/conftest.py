@@ -344,22 +344,28 @@ def null_service(
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator["servers.Postgres"]:
     from tests import servers
 
-    server = servers.Postgres(tmp_path_factory.mktemp("postgres"))
+    server = servers.Postgres(tmp_path_factory.mktemp("postgres"), in_memory=True)
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="session")
-def new_database(postgres: "servers.Postgres") -> Callable[[], str]:
-    """Makes an empty database and says its URL."""
+def new_database(postgres: "servers.Postgres") -> Callable[..., str]:
+    """Makes a database with the journal's tables, or with nothing if `empty`, and says its URL."""
     import psycopg
+
+    from tinsmith_api.journal.store import Store
 
     numbers = itertools.count()
 
-    def make() -> str:
-        name = f"test{next(numbers)}"
+    def create(name: str, like: str = "") -> str:
         with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
-            connection.execute(f"create database {name}")
+            connection.execute(f"create database {name} {like}")
         return postgres.url.removesuffix("postgres") + name
+
+    Store(create("ours")).close()  # migrated once, and copied from then on
+
+    def make(*, empty: bool = False) -> str:
+        return create(f"test{next(numbers)}", "" if empty else "template ours")
 
     return make

@@ -222,7 +222,7 @@ def test_a_database_that_is_killed_in_the_middle_loses_nothing_and_does_nothing_
 
 
 def test_processes_that_start_together_migrate_once(new_database: Any) -> None:
-    url = new_database()
+    url = new_database(empty=True)
     with ThreadPoolExecutor(6) as threads:
         stores = list(threads.map(lambda _: Store(url), range(6)))
     for opened in stores:

@@ -190,7 +190,9 @@ def test_a_sampler_stays_with_its_worker_while_others_come_and_go() -> None:
 
 def test_a_database_that_is_killed_in_the_middle_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
     server = servers.Postgres(tmp_path / "postgres")
-    journal = Store(server.url)
+    journal = Store(
+        server.url, patience_seconds=120
+    )  # it recovers in a second or two, on a busy machine in more
     key = journal.write(lambda c: identities.create_key(c, "somebody")).result()
     tenant = journal.read(lambda c: identities.tenant_of_key(c, identities.sha256(key))).result()
     assert tenant

@@ -1,13 +1,13 @@
 # make install   a virtual environment in .venv with everything in it
 # make demo      fine-tune a small model through a service of your own
 # make test      lint, types and tests
-# make bench-control, bench-load, chaos, proto, lint, gpu-check: see below
+# make bench-control, bench-load, chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: install demo test lint bench-control bench-load chaos proto gpu-check
+.PHONY: install demo test lint bench-control bench-load chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -78,3 +78,7 @@ proto: install
 # On a CUDA machine with PyTorch and transformers, nothing installed.
 gpu-check:
 	PYTHONPATH=client:api:worker python3 tests/worker/gpu_check.py
+
+# Train the built-in base model anew, into build/base: two minutes of such a machine, hours of a CPU.
+base:
+	PYTHONPATH=client:api:worker python3 -m tinsmith_worker.tiny_base.train $(ARGS)

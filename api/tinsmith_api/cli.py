@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         action="append",
         metavar="NAME[=PATH_OR_HUB_ID]",
-        help="serve this base model under NAME; may be repeated. Default: a tiny one made on first use",
+        help="serve this base model under NAME; may be repeated. Default: the tiny one that comes with it",
     )
     worker = commands.add_parser("worker", help="one of a fleet's workers")
     worker.set_defaults(run=_worker)

@@ -1,4 +1,4 @@
-"""Teach a model that knows nothing forty facts, on a service of your own: `make demo`.
+"""Teach a small model forty facts it was never told, on a service of your own: `make demo`.
 
 Starts `tinsmith serve`, fine-tunes a LoRA through the client, shows what the model says before and after,
 and leaves the metrics and the loss curve in ./demo.
@@ -20,7 +20,7 @@ from tinsmith_cookbook.service import embedded
 
 MODEL = "tinsmith/tiny"
 FOLDER = Path("demo")
-EPOCHS, BATCH, WARM_UP = 30, 10, 6
+EPOCHS, BATCH, WARM_UP = 16, 10, 6
 LEARNING_RATE = 2e-3  # a model this small takes ten times what a large one would
 
 CAPITALS = """France Paris, Japan Tokyo, Egypt Cairo, Peru Lima, Norway Oslo, Kenya Nairobi, Italy Rome,

@@ -14,8 +14,8 @@ from tinsmith_worker import tiny_base
 
 
 @pytest.fixture(scope="module")
-def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
-    return Renderer.from_folder(tiny_base.create(tmp_path_factory.mktemp("base") / "tiny"))
+def renderer() -> Renderer:
+    return Renderer.from_folder(tiny_base.FOLDER)
 
 
 def written(folder: Path, rows: list[Any], *, lines: bool = True) -> Path:

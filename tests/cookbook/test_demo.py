@@ -13,8 +13,8 @@ from tinsmith_cookbook import demo
 from tinsmith_worker import tiny_base
 
 
-def test_only_the_answers_tokens_are_learnt(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(tiny_base.create(tmp_path / "tiny") / "tokenizer.json"))
+def test_only_the_answers_tokens_are_learnt() -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_base.FOLDER / "tokenizer.json"))
     question, answer = demo.FACTS[0]
     datum = demo.datum(tokenizer, question, answer)
     targets = datum.loss_fn_inputs["target_tokens"].to_numpy()

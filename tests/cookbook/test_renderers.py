@@ -83,8 +83,8 @@ CONVERSATIONS: dict[str, tuple[list[Message], list[Any] | None]] = {
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.create(tmp_path_factory.mktemp("base") / "tiny")
+def folder() -> Path:
+    return tiny_base.FOLDER
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,8 @@ from tinsmith_worker.sampler.torch_sampler import _by_adapter
 from tinsmith_worker.stream import Stream
 
 PROMPT = np.array([1, 319, 201, 42, 75, 383, 900, 77, 1300, 12, 450], np.int32)
+# The base's logits reach 30, where float32 has steps of 2e-6; a handful of them come together.
+ROUNDING = 5e-5
 SPECS = {
     "wide": LoraSpec(rank=8, seed=1),
     "narrow": LoraSpec(rank=3, seed=2, train_mlp=False),
@@ -40,8 +42,8 @@ Answer = SampleOutput | tuple[str, Failure]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.create(tmp_path_factory.mktemp("bases") / "tiny")
+def folder() -> Path:
+    return tiny_base.FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def assert_same(left: SampleOutput, right: SampleOutput) -> None:
     for a, b in zip(left.sequences, right.sequences, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         assert a.stopped == b.stopped
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=ROUNDING)
 
 
 def plain_logprobs(folder: Path, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
@@ -162,7 +164,7 @@ def test_greedy_is_generate_of_transformers_and_peft(
     assert found.tokens.tolist() == wanted[0, len(PROMPT) :].tolist()
     with torch.no_grad():
         logprobs = model(input_ids=wanted).logits[0].log_softmax(-1)[len(PROMPT) - 1 : -1]
-    np.testing.assert_allclose(found.logprobs, logprobs.amax(-1), atol=1e-5)
+    np.testing.assert_allclose(found.logprobs, logprobs.amax(-1), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -179,8 +181,8 @@ def test_sampled_logprobs_are_the_trainers_forward(
             [Work("run", forward_of(np.concatenate([PROMPT, sequence.tokens])))]
         )
         wanted = trained[0].logprobs_TK[:, 0]
-        np.testing.assert_allclose(found.prompt_logprobs[1:], wanted[: len(PROMPT) - 1], atol=1e-5)
-        np.testing.assert_allclose(sequence.logprobs, wanted[len(PROMPT) - 1 :], atol=1e-5)
+        np.testing.assert_allclose(found.prompt_logprobs[1:], wanted[: len(PROMPT) - 1], atol=ROUNDING)
+        np.testing.assert_allclose(sequence.logprobs, wanted[len(PROMPT) - 1 :], atol=ROUNDING)
     assert np.array_equal(engine.state("run").weights, before)
     assert engine.state("run").gradient is None
 
@@ -191,7 +193,7 @@ def test_sampled_logprobs_of_the_base_are_those_of_transformers(sampler: TorchSa
     wanted = logprobs[len(PROMPT) - 1 : -1].gather(
         1, torch.from_numpy(sequence.tokens.astype(np.int64))[:, None]
     )
-    np.testing.assert_allclose(sequence.logprobs, wanted[:, 0], atol=1e-5)
+    np.testing.assert_allclose(sequence.logprobs, wanted[:, 0], atol=ROUNDING)
 
 
 def forward_of(tokens: npt.NDArray[np.int32], *, train: bool = False) -> TrainInput:
@@ -235,7 +237,7 @@ def test_many_adapters_and_settings_in_one_batch_equal_each_alone(sampler: Torch
         assert_same(together[given.request_id], alone)
         if given.prompt_logprobs:
             np.testing.assert_allclose(
-                together[given.request_id].prompt_logprobs, alone.prompt_logprobs, atol=1e-5
+                together[given.request_id].prompt_logprobs, alone.prompt_logprobs, atol=ROUNDING
             )
 
 
@@ -273,8 +275,8 @@ def test_a_prompt_read_in_many_passes_gives_what_one_pass_gives(
     whole = one(sampler, **asked)
     pieces = one(make(base, states, SamplerSettings(max_pass_tokens=16)), **asked)
     assert_same(whole, pieces)
-    np.testing.assert_allclose(whole.prompt_logprobs, pieces.prompt_logprobs, atol=1e-5)
-    np.testing.assert_allclose(whole.target_prompt_logprobs, pieces.target_prompt_logprobs, atol=1e-5)
+    np.testing.assert_allclose(whole.prompt_logprobs, pieces.prompt_logprobs, atol=ROUNDING)
+    np.testing.assert_allclose(whole.target_prompt_logprobs, pieces.target_prompt_logprobs, atol=ROUNDING)
     assert whole.topk_prompt is not None
     assert pieces.topk_prompt is not None
     assert np.array_equal(whole.topk_prompt.token_ids, pieces.topk_prompt.token_ids)
@@ -389,12 +391,12 @@ def test_sampled_logprobs_are_of_the_narrowed_distribution(sampler: TorchSampler
     best = logprobs.topk(4, dim=-1)
     wanted = (best.values / 0.6).log_softmax(-1).numpy()
     assert sequence.topk is not None
-    np.testing.assert_allclose(sequence.topk.logprobs[:, :4], wanted, atol=1e-5)
+    np.testing.assert_allclose(sequence.topk.logprobs[:, :4], wanted, atol=ROUNDING)
     assert np.array_equal(sequence.topk.token_ids[:, :4], best.indices.numpy())
     assert (sequence.topk.logprobs[:, 4:] == -99999.0).all()
     assert (sequence.topk.token_ids[:, 4:] == 0).all()
     chosen = (sequence.topk.token_ids[:, :4] == sequence.tokens[:, None]).argmax(1)
-    np.testing.assert_allclose(sequence.logprobs, wanted[np.arange(20), chosen], atol=1e-5)
+    np.testing.assert_allclose(sequence.logprobs, wanted[np.arange(20), chosen], atol=ROUNDING)
 
 
 def test_first_tokens_of_many_samples_follow_the_model(sampler: TorchSampler, folder: Path) -> None:
@@ -426,16 +428,16 @@ def test_prompt_scores_are_the_plain_models_whatever_the_sampling(
     rows = np.arange(len(PROMPT) - 1)
     assert found.prompt_logprobs is not None
     assert np.isnan(found.prompt_logprobs[0])
-    np.testing.assert_allclose(found.prompt_logprobs[1:], logprobs[rows, PROMPT[1:]], atol=1e-5)
+    np.testing.assert_allclose(found.prompt_logprobs[1:], logprobs[rows, PROMPT[1:]], atol=ROUNDING)
     assert found.topk_prompt is not None
     assert found.topk_prompt.token_ids[0].tolist() == [0, 0, 0]
     assert found.topk_prompt.logprobs[0].tolist() == [-99999.0] * 3
     best = np.argsort(-logprobs, axis=1)[:, :3]
     assert np.array_equal(found.topk_prompt.token_ids[1:], best)
-    np.testing.assert_allclose(found.topk_prompt.logprobs[1:], logprobs[rows[:, None], best], atol=1e-5)
+    np.testing.assert_allclose(found.topk_prompt.logprobs[1:], logprobs[rows[:, None], best], atol=ROUNDING)
     assert found.target_prompt_logprobs is not None
     wanted = np.where(targets < 0, 0.0, logprobs[rows[:, None], targets])
-    np.testing.assert_allclose(found.target_prompt_logprobs, wanted, atol=1e-5)
+    np.testing.assert_allclose(found.target_prompt_logprobs, wanted, atol=ROUNDING)
 
 
 def test_the_last_n_prompt_logprobs_leave_the_rest_empty(sampler: TorchSampler) -> None:
@@ -448,12 +450,12 @@ def test_the_last_n_prompt_logprobs_leave_the_rest_empty(sampler: TorchSampler) 
     assert last.prompt_logprobs is not None
     assert whole.prompt_logprobs is not None
     assert np.isnan(last.prompt_logprobs[:-3]).all()
-    np.testing.assert_allclose(last.prompt_logprobs[-3:], whole.prompt_logprobs[-3:], atol=1e-5)
+    np.testing.assert_allclose(last.prompt_logprobs[-3:], whole.prompt_logprobs[-3:], atol=ROUNDING)
     assert last.topk_prompt is not None
     assert whole.topk_prompt is not None
     assert (last.topk_prompt.logprobs[:-3] == -99999.0).all()
     assert np.array_equal(last.topk_prompt.token_ids[-3:], whole.topk_prompt.token_ids[-3:])
-    np.testing.assert_allclose(last.target_prompt_logprobs, whole.target_prompt_logprobs, atol=1e-5)
+    np.testing.assert_allclose(last.target_prompt_logprobs, whole.target_prompt_logprobs, atol=ROUNDING)
 
 
 def test_alternatives_are_draws_at_the_requests_temperature(sampler: TorchSampler, folder: Path) -> None:
@@ -463,7 +465,7 @@ def test_alternatives_are_draws_at_the_requests_temperature(sampler: TorchSample
     assert found.token_ids.shape == found.logprobs.shape == (len(PROMPT) - 1, count)
     logprobs = plain_logprobs(folder, PROMPT)[:-1]
     taken = logprobs.gather(1, torch.from_numpy(found.token_ids.astype(np.int64)))
-    np.testing.assert_allclose(found.logprobs, taken, atol=1e-5)
+    np.testing.assert_allclose(found.logprobs, taken, atol=ROUNDING)
     cold = (logprobs / 0.5).softmax(-1)
     likeliest = cold.argmax(-1, keepdim=True)
     expected = cold.gather(1, likeliest)[:, 0].numpy()
@@ -482,7 +484,7 @@ def test_alternatives_are_draws_at_the_requests_temperature(sampler: TorchSample
     [
         ({"sampler_id": "nobody"}, "no sampler 'nobody'"),
         ({"prompt": PROMPT[:0]}, "prompt is empty"),
-        ({"prompt": np.array([3, 2048], np.int32)}, r"outside the vocabulary 0\.\.2047"),
+        ({"prompt": np.array([3, 4096], np.int32)}, r"outside the vocabulary 0\.\.4095"),
         ({"prompt": np.array([-1], np.int32)}, "outside the vocabulary"),
         ({"prompt": np.ones(4097, np.int32)}, "4097 tokens are more than the model's 4096"),
         ({"num_samples": 0}, "num_samples must be at least 1"),

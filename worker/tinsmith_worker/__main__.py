@@ -25,7 +25,7 @@ from tinsmith_worker.process import Worker, WorkerSettings
 from tinsmith_worker.tokenizer_files import keep_tokenizer
 
 DEFAULT_PATH = "tiny"
-"""Names the base model that is made on first use."""
+"""Names the base model that comes with the package."""
 
 log = logging.getLogger("tinsmith.worker")
 
@@ -78,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--path", default=DEFAULT_PATH, help="a folder or a hub id; 'tiny': the built-in base"
     )
-    parser.add_argument("--data-dir", type=Path, required=True, help="where the built-in base is kept")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        required=True,
+        help="of the service it works for: processes are told apart by it",
+    )
     parser.add_argument("--channel", type=int, help="descriptor of the socket to the parent, if there is one")
     parser.add_argument("--lease-seconds", type=float, default=6.0)
     parser.add_argument("--metrics-port", type=int, default=0)
@@ -140,7 +145,6 @@ def _open_engine(given: argparse.Namespace) -> tuple[Engine, Sampler]:
 
     return open_engine(
         given.path,
-        data_dir=given.data_dir,
         deterministic=given.deterministic,
         pass_tokens=given.pass_tokens,
     )

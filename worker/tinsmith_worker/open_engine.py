@@ -1,6 +1,5 @@
 """The torch engine and its sampler on one base model, on the GPU when there is one."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ from tinsmith_worker.sampler import TorchSampler
 BUILT_IN = "tiny"
 
 
-def open_engine(
-    path: str, *, data_dir: Path, deterministic: bool, pass_tokens: int
-) -> tuple[Engine, Sampler]:
-    """`path`: a folder or a hub id; "tiny" is the built-in base, made under `data_dir` on first use."""
+def open_engine(path: str, *, deterministic: bool, pass_tokens: int) -> tuple[Engine, Sampler]:
+    """`path`: a folder or a hub id; "tiny" is the built-in base, which comes with the package."""
     transformers_logging.disable_progress_bar()
     if path == BUILT_IN:
-        path = str(tiny_base.create(data_dir / "models" / BUILT_IN))
+        path = str(tiny_base.FOLDER)
     on_gpu = torch.cuda.is_available()
     base = Base.load(
         path,

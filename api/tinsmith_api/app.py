@@ -8,21 +8,35 @@ from contextlib import asynccontextmanager
 import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
 from tinsmith_api.bodies import TooLarge, UnsupportedEncoding, reply
-from tinsmith_api.journal import metrics
+from tinsmith_api.journal import metrics, objects
 from tinsmith_api.journal.store import Unavailable
-from tinsmith_api.owner import Gone
-from tinsmith_api.routes import futures, records, sampling, start, tokenizers, training
-from tinsmith_api.service import Service, TooMany
+from tinsmith_api.limits import BudgetSpent, TooMany
+from tinsmith_api.owner import Forbidden, Gone, administering_owner_of, changing_owner_of, owner_of
+from tinsmith_api.routes import (
+    accounts,
+    futures,
+    records,
+    sampling,
+    sessions,
+    start,
+    tokenizers,
+    training,
+    weights,
+)
+from tinsmith_api.service import Service
 
 log = logging.getLogger("tinsmith")
 
 _STATUS: dict[type[Exception], int] = {
     InvalidInput: 400,
     AuthenticationError: 401,
+    BudgetSpent: 402,
+    Forbidden: 403,
     NotFound: 404,
     Gone: 410,
     TooLarge: 413,
@@ -31,6 +45,7 @@ _STATUS: dict[type[Exception], int] = {
     # The base model is still loading. Clients repeat the call.
     TimeoutError: 503,
     Unavailable: 503,
+    objects.Unavailable: 503,
 }
 
 
@@ -46,8 +61,11 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="Tinsmith", lifespan=lifespan)
     app.state.service = service
     # In the order they are looked through, the busiest first; include_router would look twice.
-    for room in (futures, training, sampling, start, records, tokenizers):
+    for room in (futures, training, sampling, start, records, weights, tokenizers, sessions, accounts):
         app.router.routes.extend(room.router.routes)
+    for route in app.routes:
+        if isinstance(route, APIRoute):
+            _describe(route)
     for kind, status in _STATUS.items():
         app.add_exception_handler(kind, _answer_with(status))
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -83,9 +101,55 @@ class Measured:
             metrics.HTTP_SECONDS.labels(route, status).observe(time.perf_counter() - started)
 
 
+_ERROR = {
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"detail": {"type": "string"}},
+                "required": ["detail"],
+            }
+        }
+    }
+}
+_SENTENCES = {
+    400: "The request cannot be meant as it is; the sentence says what to change",
+    401: "No key, or one that is unknown, revoked or expired",
+    402: "A budget is spent",
+    403: "The caller's role does not go so far, or an address is not good any more",
+    404: "There is none, or it is another's",
+    410: "The session was finished, or the result was fetched too late",
+    413: "The body is too large",
+    415: "The body is encoded",
+    422: "A parameter of the address or the query is not what it must be",
+    429: "More than the caller may have at once or ask for in a minute",
+    503: "Not now: a base model is still loading, or the database or the object store does not answer",
+}
+
+
+def _describe(route: APIRoute) -> None:
+    """What the route may answer beside 200, by what it takes. Every error is one sentence."""
+    statuses = {503}
+    asked = {dependency.call for dependency in route.dependant.dependencies}
+    if asked & {owner_of, changing_owner_of, administering_owner_of}:
+        statuses |= {400, 401, 429}
+    if asked & {changing_owner_of, administering_owner_of}:
+        statuses |= {403}
+    if (route.methods or set()) & {"POST", "PUT"}:
+        statuses |= {402, 404, 410, 413, 415}
+    if route.dependant.path_params:
+        statuses |= {403, 404}
+    if route.dependant.query_params:
+        statuses |= {404, 422}
+    for status in sorted(statuses):
+        route.responses.setdefault(status, {"description": _SENTENCES[status], **_ERROR})
+
+
 def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def answer(_: Request, error: Exception) -> Response:
-        return reply({"detail": str(error) or "not ready yet: try again"}, status)
+        answer = reply({"detail": str(error) or "not ready yet: try again"}, status)
+        answer.headers.update(getattr(error, "headers", {}))
+        return answer
 
     return answer
 

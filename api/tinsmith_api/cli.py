@@ -1,6 +1,7 @@
 """The console script `tinsmith`."""
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tinsmith_api.journal.store import Store
     from tinsmith_api.settings import Settings
+
+
+_ROLES = ("viewer", "member", "admin")
 
 
 def main() -> None:
@@ -71,17 +75,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> list[argparse.ArgumentParser]:
-    nouns = commands.add_parser("admin", help="keys, tenants, workers").add_subparsers(
+    nouns = commands.add_parser("admin", help="tenants, members, projects, keys, workers").add_subparsers(
         dest="noun", required=True
     )
     keys = nouns.add_parser("keys").add_subparsers(dest="verb", required=True)
     create = keys.add_parser("create", help="a new key, printed once")
-    create.add_argument("tenant", help="who it is for; created if new")
+    create.add_argument("tenant", help="the organization it is for; created if new")
+    create.add_argument("--member", default="owner", help="whose it is, an address say; created if new")
+    create.add_argument("--role", choices=_ROLES, help="what this member may do; a new one is a member")
+    create.add_argument("--name", default="default", help="what its list calls it")
+    restrict = keys.add_parser("set", help="a key's limits")
+    restrict.add_argument("id", type=int)
+    for verb in (create, restrict):
+        verb.add_argument("--requests-per-minute", type=_count, help="calls; 0: no limit")
+        verb.add_argument("--concurrent-samples", type=_count, help="samples under way; 0: no limit")
+        verb.add_argument("--tokens-per-day", type=_count, help="tokens in 24 hours; 0: no limit")
     revoke = keys.add_parser("revoke")
     revoke.add_argument("id", type=int)
     listing = keys.add_parser("list")
-    for verb in (create, revoke, listing):
+    for verb in (create, restrict, revoke, listing):
         verb.set_defaults(run=_keys)
+
+    members = nouns.add_parser("members").add_subparsers(dest="verb", required=True)
+    grant = members.add_parser("set", help="a member's role")
+    grant.add_argument("tenant")
+    grant.add_argument("member")
+    grant.add_argument("role", choices=_ROLES)
+    remove = members.add_parser("remove", help="a member, and its keys with it")
+    remove.add_argument("tenant")
+    remove.add_argument("member")
+    people = members.add_parser("list")
+    for verb in (grant, remove, people):
+        verb.set_defaults(run=_members)
+
+    projects = nouns.add_parser("projects").add_subparsers(dest="verb", required=True)
+    found = projects.add_parser("create", help="a new project; prints its id")
+    budget = projects.add_parser("set", help="a project's budget")
+    for verb in (found, budget):
+        verb.add_argument("tenant")
+        verb.add_argument("project")
+    budget.add_argument("--token-budget", type=_count, required=True, help="tokens in all; 0: no budget")
+    ventures = projects.add_parser("list")
+    for verb in (found, budget, ventures):
+        verb.set_defaults(run=_projects)
 
     tenants = nouns.add_parser("tenants").add_subparsers(dest="verb", required=True)
     share = tenants.add_parser("set", help="a tenant's share and limits")
@@ -97,6 +133,7 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
         "that come from then on",
     )
     share.add_argument("--priority", type=int, help="whose is higher is served first; default 0")
+    share.add_argument("--token-budget", type=_count, help="tokens it may use in all; 0: no budget")
     everyone = tenants.add_parser("list")
     for verb in (share, everyone):
         verb.set_defaults(run=_tenants)
@@ -115,7 +152,18 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
     migrate.set_defaults(run=_migrate)
     bucket = nouns.add_parser("bucket", help="make the bucket of TINSMITH_OBJECTS, in a server of your own")
     bucket.set_defaults(run=_bucket)
-    return [create, revoke, listing, share, everyone, alive, drain, scale, migrate, bucket]
+    return [
+        *(create, restrict, revoke, listing),
+        *(grant, remove, people, found, budget, ventures),
+        *(share, everyone, alive, drain, scale, migrate, bucket),
+    ]
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError("must be from 0 to 2147483647")
+    return number
 
 
 # -- processes -------------------------------------------------------------------------------------------
@@ -229,15 +277,77 @@ def _keys(given: argparse.Namespace) -> None:
     from tinsmith_api.journal import identities
 
     journal = _open_journal(given)
+    names = ("requests_per_minute", "concurrent_samples", "tokens_per_day")
+    limits = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     if given.verb == "create":
-        print(journal.write(lambda c: identities.create_key(c, given.tenant)).result())
+        made = functools.partial(
+            identities.create_key,
+            tenant_name=given.tenant,
+            name=given.name,
+            member=given.member,
+            role=given.role,
+            limits={name: value for name, value in limits.items() if value},
+        )
+        print(journal.write(made).result())
+    elif given.verb == "set":
+        if not journal.write(lambda c: identities.change_key(c, given.id, limits)).result():
+            sys.exit(f"tinsmith: no key {given.id}: `tinsmith admin keys list` shows them")
     elif given.verb == "revoke":
         if not journal.write(lambda c: identities.revoke_key(c, given.id)).result():
             sys.exit(f"tinsmith: no key {given.id} in force")
     else:
         for row in journal.read(identities.list_keys).result():
-            print(row.id, row.tenant, row.name, "revoked" if row.revoked_at else "in force")
+            state = "revoked" if row.revoked_at else "in force"
+            own = [f"{name.replace('_', '-')} {row._mapping[name]}" for name in names if row._mapping[name]]
+            print(row.id, row.tenant, row.name, state, f" {row.member} ({row.role})", *own)
     journal.close()
+
+
+def _members(given: argparse.Namespace) -> None:
+    from tinsmith_api.journal import identities
+
+    journal = _open_journal(given)
+    if given.verb == "list":
+        for row in journal.read(identities.list_members).result():
+            print(f"{row.tenant}  {row.name}  {row.role}")
+    elif given.verb == "set":
+        tenant_id = _tenant(journal, given.tenant)
+        journal.write(lambda c: identities.set_member(c, tenant_id, given.member, given.role)).result()
+    elif not journal.write(lambda c: identities.remove_member(c, given.tenant, given.member)).result():
+        sys.exit(f"tinsmith: {given.tenant} has no member {given.member!r}")
+    journal.close()
+
+
+def _projects(given: argparse.Namespace) -> None:
+    from tinsmith_api.journal import identities
+
+    journal = _open_journal(given)
+    if given.verb == "list":
+        for row in journal.read(identities.list_projects).result():
+            budget = f"token-budget {row.token_budget}" if row.token_budget else "no budget"
+            print(f"{row.id}  {row.tenant}  {row.name}  {budget}")
+    elif given.verb == "create":
+        tenant_id = _tenant(journal, given.tenant)
+        print(journal.write(lambda c: identities.create_project(c, tenant_id, given.project)).result())
+    else:
+        change = functools.partial(
+            identities.change_project,
+            tenant_name=given.tenant,
+            name=given.project,
+            token_budget=given.token_budget,
+        )
+        if not journal.write(change).result():
+            sys.exit(f"tinsmith: {given.tenant} has no project {given.project!r}")
+    journal.close()
+
+
+def _tenant(journal: "Store", name: str) -> str:
+    from tinsmith_api.journal import identities
+
+    found = journal.read(lambda c: identities.tenant(c, name)).result()
+    if found is None:
+        sys.exit(f"tinsmith: no tenant {name!r}: `tinsmith admin tenants list` shows them")
+    return found
 
 
 def _tenants(given: argparse.Namespace) -> None:
@@ -254,6 +364,7 @@ def _tenants(given: argparse.Namespace) -> None:
             "max_queued_bytes": given.max_queued_bytes,
             "max_page_bytes": given.max_page_bytes,
             "priority": given.priority,
+            "token_budget": given.token_budget,
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         if not journal.write(lambda c: identities.change_tenant(c, given.tenant, changes)).result():
@@ -265,7 +376,7 @@ def _tenants(given: argparse.Namespace) -> None:
             print(
                 f"{row.name}  weight {row.weight:g}  priority {row.priority}  max-runs {runs}  "
                 f"max-queued {queued}  max-queued-bytes {queued_bytes}  "
-                f"max-page-bytes {row.max_page_bytes or 'none'}"
+                f"max-page-bytes {row.max_page_bytes or 'none'}  token-budget {row.token_budget or 'none'}"
             )
     journal.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import signal
 import sys
 import threading
@@ -10,12 +11,17 @@ from typing import Any
 
 from celery import beat
 from celery.worker import WorkController
+from redis import asyncio as aioredis
+from redis.exceptions import RedisError
 
 from tinsmith_api.house import PERIODS, House
 from tinsmith_api.journal import metrics
 from tinsmith_api.journal.bell import Bell, Listener, make_celery
 from tinsmith_api.journal.store import Store
+from tinsmith_api.limits import LocalCalls
 from tinsmith_api.settings import Settings, open_objects
+
+log = logging.getLogger("tinsmith")
 
 _JOB = "tinsmith.job"
 
@@ -53,6 +59,26 @@ class Fleet:
     async def stop(self) -> None:
         self._listener.close()
         await asyncio.to_thread(self._bell.close)
+
+
+class SharedCalls:
+    """Counted in Redis. While that is gone every process counts for itself: nobody is locked out."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._redis = aioredis.Redis.from_url(redis_url, socket_timeout=1, socket_connect_timeout=1)
+        self._alone = LocalCalls()
+
+    async def count(self, key_id: int, minute: int) -> int:
+        name = f"tinsmith.calls.{key_id}.{minute}"
+        try:
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                pipeline.incr(name)
+                pipeline.expire(name, 120)
+                answers = await pipeline.execute()
+            return int(answers[0])
+        except (RedisError, OSError) as error:
+            log.warning("calls per minute are counted in this process alone: %s", error)
+            return await self._alone.count(key_id, minute)
 
 
 def run_jobs(settings: Settings) -> None:

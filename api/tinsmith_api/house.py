@@ -8,14 +8,16 @@ import functools
 import logging
 import threading
 import time
+import uuid
 
 import sqlalchemy as sa
 
-from tinsmith_api.journal import checkpoints, identities, leases, metrics
+from tinsmith_api import exports
+from tinsmith_api.journal import artifacts, checkpoints, identities, leases, metrics, signing, usage
 from tinsmith_api.journal import operations as ops
-from tinsmith_api.journal.objects import ObjectStore
+from tinsmith_api.journal.objects import Damaged, ObjectStore
 from tinsmith_api.journal.store import Statement, Store
-from tinsmith_api.journal.tables import sampled_sequences
+from tinsmith_api.journal.tables import copies, sampled_sequences
 from tinsmith_api.settings import Settings
 
 log = logging.getLogger("tinsmith")
@@ -27,6 +29,8 @@ PERIODS = {
     "collect_garbage": 60.0,
     "prune_journal": 60.0,
     "tidy_objects": 3600.0,
+    "make_artifacts": 2.0,
+    "measure_storage": 600.0,
 }
 """The chores, methods of House, and the seconds between two runs of each."""
 
@@ -36,6 +40,8 @@ _TIDY_SECONDS = 6 * 3600.0
 _WEEK_SECONDS = 7 * _DAY_SECONDS
 # What is deleted in one transaction: everybody else's writes wait for it.
 _PIECE = 500
+# A trace of more operations than this is more than a browser takes: it is of the newest.
+_TRACED = 100_000
 
 
 class House:
@@ -103,14 +109,41 @@ class House:
                 continue
             self.journal.write(functools.partial(checkpoints.forget_garbage, object_prefix=prefix)).result()
 
+    def make_artifacts(self) -> None:
+        """What somebody waits for. One that cannot be made says why and is asked for anew, or not."""
+        for row in self.journal.read_apart(artifacts.wanted).result():
+            prefix = f"{row.tenant_id}/artifacts/{uuid.uuid4().hex}"
+            try:
+                self.objects.put(prefix, self._artifact(row.kind, row.subject))
+                finish = functools.partial(artifacts.finish, object_prefix=prefix)
+            except OSError as error:
+                log.warning("%s of %s is not made for now: %s", row.kind, row.subject, error)
+                continue
+            except Damaged as error:
+                finish = functools.partial(artifacts.finish, error=f"its files are gone or damaged: {error}")
+            self.journal.write(functools.partial(finish, kind=row.kind, subject=row.subject)).result()
+
+    def _artifact(self, kind: str, subject: str) -> dict[str, bytes]:
+        if kind == artifacts.ARCHIVE:
+            return {"archive.tar": exports.archive(self.objects.get(subject))}
+        assert kind == artifacts.TRACE, kind
+        find = functools.partial(ops.of_session, session_id=subject, at_most=_TRACED)
+        return {f"{subject}.json": exports.trace(self.journal.read_apart(find).result())}
+
+    def measure_storage(self) -> None:
+        self.journal.write(usage.measure_storage).result()
+
     def tidy_objects(self) -> None:
         self.objects.tidy(older_than_seconds=_TIDY_SECONDS)
 
     def prune_journal(self) -> None:
-        """Forget results nobody fetched for a day, and workers gone for a week."""
+        """Forget results nobody fetched for a day, artifacts and copies likewise, workers gone for a week."""
         day_ago = time.time() - _DAY_SECONDS
         self._repeat(functools.partial(ops.purge_results, finished_before=day_ago, at_most=_PIECE))
         self._repeat(functools.partial(_purge_sampled, created_before=day_ago))
+        self._repeat(functools.partial(artifacts.expire, made_before=day_ago, at_most=_PIECE))
+        self.journal.write(functools.partial(_purge_copies, created_before=day_ago)).result()
+        self.journal.write(signing.forget).result()
         week_ago = time.time() - _WEEK_SECONDS
         self.journal.write(functools.partial(leases.forget_workers, stopped_before=week_ago)).result()
 
@@ -122,6 +155,10 @@ class House:
         """One piece after the other until nothing is left."""
         while self.journal.write(purge).result():
             pass
+
+
+def _purge_copies(connection: sa.Connection, created_before: float) -> None:
+    connection.execute(sa.delete(copies).where(copies.c.created_at < created_before))
 
 
 def _purge_sampled(connection: sa.Connection, created_before: float) -> int:

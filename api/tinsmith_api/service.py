@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 
@@ -16,44 +17,21 @@ from tinsmith_api.embedded import Workers
 from tinsmith_api.house import PERIODS, House
 from tinsmith_api.journal import leases, metrics
 from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal.identities import Caller
 from tinsmith_api.journal.leases import Pool
 from tinsmith_api.journal.objects import ObjectStore
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Result, Statement, Store
+from tinsmith_api.limits import Calls, Limits, LocalCalls
+from tinsmith_api.memory import Memory
 from tinsmith_api.settings import Settings, open_objects
+from tinsmith_api.signer import Signer
 
-Value = TypeVar("Value")
 Json = dict[str, Any]
 
 # How long a call waits for a base model that is being loaded; clients hang up after a minute.
 _LOADING_SECONDS = 50.0
 _PROMISES_AT_MOST = 100_000
-
-
-class TooMany(Exception):  # noqa: N818 - answered as 429
-    """This tenant has as much under way as it may; clients wait and repeat the call."""
-
-
-class Memory(Generic[Value]):
-    """What was read lately: at most `size` values, each for `seconds`."""
-
-    def __init__(self, seconds: float, size: int = 4096) -> None:
-        self.seconds = seconds
-        self.size = size
-        self._values: dict[str, tuple[float, Value]] = {}
-
-    def get(self, key: str) -> Value | None:
-        found = self._values.get(key)
-        return found[1] if found and found[0] > time.monotonic() else None
-
-    def put(self, key: str, value: Value) -> Value:
-        if len(self._values) >= self.size:
-            self._values.pop(next(iter(self._values)))
-        self._values[key] = (time.monotonic() + self.seconds, value)
-        return value
-
-    def forget(self, key: str) -> None:
-        self._values.pop(key, None)
 
 
 class Wakeups:
@@ -133,15 +111,17 @@ class Service:
         settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.journal = Store(settings.database_url)
         self.objects: ObjectStore = open_objects(settings)
+        self.signer = Signer(self.journal)
         self.wakeups = Wakeups()
         self.doorbell = self._open_doorbell()
-        self.key_owners: Memory[str] = Memory(seconds=10)
+        self.callers: Memory[Caller] = Memory(seconds=10)
         self.owned: Memory[Any] = Memory(seconds=10)
         self.tokenizers: Memory[bytes] = Memory(seconds=600, size=8)
         self._pools: Memory[dict[str, Pool]] = Memory(seconds=1)
         self._workers_changed = asyncio.Event()
-        self._usage: Memory[ops.Usage] = Memory(seconds=1)
+        self.limits = Limits(settings, self.read, self._open_calls())
         self._chores: list[asyncio.Task[None]] = []
+        self._retrieved: dict[str, float] = {}
 
     def _open_doorbell(self) -> Doorbell:
         if not self.settings.is_fleet:
@@ -157,17 +137,37 @@ class Service:
         redis = self.settings.redis.get_secret_value()
         return Fleet(redis, on_done=self.wakeups.wake, on_missed=self._worker_is_ready)
 
+    def _open_calls(self) -> Calls:
+        if not self.settings.is_fleet:
+            return LocalCalls()
+        from tinsmith_api.fleet import SharedCalls
+
+        return SharedCalls(self.settings.redis.get_secret_value())
+
     async def start(self) -> None:
         await self.doorbell.start()
         if not self.settings.is_fleet:
             house = House(self.settings, self.journal, self.objects)
             self._chores = [asyncio.create_task(_repeat(house, name)) for name in PERIODS]
+        self._chores.append(asyncio.create_task(self._note_retrieved()))
 
     async def stop(self) -> None:
         for chore in self._chores:
             chore.cancel()
         await self.doorbell.stop()
         await asyncio.to_thread(self.journal.close)
+
+    def retrieved(self, request_id: str) -> None:
+        """A result was fetched. Traces show it; nobody waits for it to be written."""
+        self._retrieved.setdefault(request_id, time.time())
+
+    async def _note_retrieved(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            if self._retrieved:
+                times, self._retrieved = self._retrieved, {}
+                with contextlib.suppress(Exception):  # lost, and nothing else is
+                    await self.write(functools.partial(ops.note_retrieved, times=times))
 
     def _fail(self, sentence: str) -> None:
         self.failure = sentence
@@ -189,17 +189,24 @@ class Service:
         return await asyncio.wrap_future(self.journal.read_apart(statement))
 
     async def submit(
-        self, operation: Operation, also: Statement[Json | None] = lambda _: None
+        self,
+        operation: Operation,
+        caller: Caller | None = None,
+        also: Statement[Json | None] = lambda _: None,
     ) -> dict[str, Any]:
         """Journal one operation, place it, ring for its worker; what the client is told.
 
         `also` runs in the same transaction if the operation is new; an error that it returns refuses it.
-        Nothing is journaled and InvalidInput raised if its base model is not served (any more), TooMany if
-        its tenant has as much waiting as it may.
+        Nothing is journaled and InvalidInput raised if its base model is not served (any more), TooMany or
+        BudgetSpent if its tenant or caller has or used as much as it may.
         """
         pool = await self.pool(operation.base_model)
-        await self._check_usage(operation)
-        operation = replace(operation, request_id=operation.request_id or uuid.uuid4().hex)
+        await self.limits.check(operation, caller)
+        operation = replace(
+            operation,
+            request_id=operation.request_id or uuid.uuid4().hex,
+            key_id=caller.key_id if caller else None,
+        )
         if operation.kind == ops.SAMPLE:
             operation = replace(operation, worker_id=pool.sampling_worker(operation.subject))
         # Before it can be finished, let alone announced.
@@ -228,43 +235,8 @@ class Service:
             self.doorbell.ring(worker_id, entered.request_id)
         return {"request_id": entered.request_id, **(entered.answer or {})}
 
-    async def _check_usage(self, operation: Operation) -> None:
-        """Look once a second, and count what came in between."""
-        usage = self._usage.get(operation.tenant_id)
-        if usage is None:
-            usage = await self.read(lambda c: ops.usage(c, operation.tenant_id))
-            self._usage.put(operation.tenant_id, usage)
-        size_bytes = len(operation.payload or b"")
-        if refusal := self._refusal(usage, operation, size_bytes):
-            # A call that is sent again was let in before.
-            if not await self.read(lambda c: ops.is_known(c, operation.subject, operation.seq_id)):
-                raise refusal
-            return
-        usage.queued += 1
-        usage.queued_bytes += size_bytes
-        usage.runs += operation.kind == ops.CREATE_MODEL
-
-    def _refusal(self, usage: ops.Usage, operation: Operation, size_bytes: int) -> Exception | None:
-        limit = usage.max_queued or self.settings.max_queued
-        if usage.queued >= limit:
-            return TooMany(
-                f"{usage.queued} calls of yours wait to be executed, the limit is {limit}: "
-                "wait for some of their results before sending more"
-            )
-        limit = usage.max_queued_bytes or self.settings.max_queued_bytes
-        # One call is always let in, or it never could be.
-        if usage.queued and usage.queued_bytes + size_bytes > limit:
-            return TooMany(
-                f"{usage.queued_bytes:,} bytes of your calls wait to be executed, the limit is {limit:,}: "
-                "wait for some of their results before sending more"
-            )
-        limit = usage.max_runs or self.settings.max_runs
-        if operation.kind == ops.CREATE_MODEL and usage.runs >= limit:
-            return InvalidInput(
-                f"{usage.runs} runs of yours are open, the limit is {limit}: finish the sessions that "
-                "you no longer need"
-            )
-        return None
+    async def check_rate(self, caller: Caller, path: str) -> None:
+        await self.limits.check_rate(caller, path)
 
     async def pools(self) -> dict[str, Pool]:
         found = self._pools.get("")

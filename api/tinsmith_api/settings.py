@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,6 +16,18 @@ from pydantic_settings import (
 from tinsmith_api.journal.objects import ObjectStore, open_store
 
 DEFAULT_MODEL = "tinsmith/tiny"
+
+
+class Prices(BaseModel):
+    """US dollars per million tokens of one base model. Training is forward_backward and forward; what of a
+    prompt was in the cache costs `prefill_cached`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    training: float = Field(0.0, ge=0)
+    prefill: float = Field(0.0, ge=0)
+    prefill_cached: float = Field(0.0, ge=0)
+    sample: float = Field(0.0, ge=0)
 
 
 class Settings(BaseSettings):
@@ -57,12 +69,21 @@ class Settings(BaseSettings):
     redis: SecretStr = SecretStr("")
     objects: str = ""  # a directory or s3://bucket/prefix; empty: a directory in data_dir
     s3_endpoint: str = ""
+    s3_public_endpoint: str = ""  # where clients reach the bucket, if not at s3_endpoint
     s3_region: str = ""
     s3_encryption: Literal["", "AES256", "aws:kms"] = ""
     s3_kms_key: str = ""
     # A worker that has not been heard of for so long is dead; its runs go to others.
     lease_seconds: float = Field(6.0, ge=1)
     metrics_port: int = Field(0, ge=0, le=65535)
+    # Where clients reach this service, for links that it makes to itself; empty: where the request went.
+    public_url: str = Field("", pattern=r"^(https?://[^\s?#]+)?$")
+    # Clients exchange their key for a token of an hour, which is what `whoami` reads; keys go on working.
+    jwt_auth: bool = False
+    # What usage costs, by base model, and a gigabyte of checkpoints for 720 hours. Without prices only
+    # tokens are counted.
+    prices: dict[str, Prices] = {}
+    price_per_gigabyte_month: float | None = Field(None, ge=0)
     scale_command: str = ""  # with {pool} and {count}; empty: processes on this machine
 
     @property
@@ -72,6 +93,12 @@ class Settings(BaseSettings):
     @property
     def is_fleet(self) -> bool:
         return bool(self.redis.get_secret_value())
+
+    def price(self, base_model: str | None, kind: str) -> float | None:
+        """US dollars per million tokens of this kind (`journal.usage`); None if there is no price."""
+        prices = self.prices.get(base_model or "")
+        field = {"forward_backward": "training", "forward": "training"}.get(kind, kind)
+        return None if prices is None or field not in Prices.model_fields else float(getattr(prices, field))
 
     @property
     def database_url(self) -> str:
@@ -113,6 +140,7 @@ def open_objects(settings: Settings) -> ObjectStore:
             region=settings.s3_region,
             encryption=settings.s3_encryption,
             kms_key=settings.s3_kms_key,
+            public_endpoint=settings.s3_public_endpoint,
         )
     except (OSError, ValueError) as error:
         sys.exit(f"tinsmith: {error}")

@@ -41,7 +41,9 @@ class Table(list[dict[str, Any]]):
 @dataclass(frozen=True)
 class Cost:
     """`tokens` of finished passes; `steps` of the optimizer; `compute_seconds` that passes and steps took
-    on the worker, None if the service does not say; `storage_bytes` of its checkpoints as they are now."""
+    on the worker, None if the service does not say; `storage_bytes` of its checkpoints as they are now;
+    `usage` in tokens by kind, with what was sampled from its weights; `estimated_cost_usd` of that, None if
+    the service has no prices."""
 
     tokens: int
     calls: int
@@ -49,6 +51,8 @@ class Cost:
     compute_seconds: float | None
     queue_seconds: float | None
     storage_bytes: int
+    usage: dict[str, int]
+    estimated_cost_usd: float | None
 
 
 def find_checkpoint(connection: Connection, run_id: str, wanted: str | int) -> str:

@@ -456,3 +456,99 @@ def test_what_waits_is_counted_in_calls_and_bytes(store: Store, run: str) -> Non
     assert (used.queued, used.queued_bytes) == (1, len(b"body"))
     assert store.read(lambda c: ops.is_known(c, "r", 2)).result()
     assert not store.read(lambda c: ops.is_known(c, "r", 3)).result()
+
+
+@pytest.mark.parametrize("form", ["sqlite", "postgresql"])
+def test_whoever_had_a_key_before_there_were_members_can_do_what_they_could(
+    form: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    import tinsmith_api.journal.store as module
+
+    url = f"sqlite:///{tmp_path / 'journal.db'}"
+    if form == "postgresql":
+        url = request.getfixturevalue("new_database")(empty=True)
+    config = Config()
+    config.set_main_option("script_location", str(Path(module.__file__).parent / "migrations"))
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+        for statement in (
+            "insert into tenants (id, name, created_at) values ('t', 'lab', 1), ('u', 'other', 1)",
+            f"insert into keys (tenant_id, name, sha256, created_at) values ('t', 'old', '{identities.sha256('k')}', 1)",
+            "insert into sessions (id, tenant_id, project_id, tags, user_metadata, created_at, heartbeat_at) "
+            "values ('s1', 't', null, '[]', '{}', 1, 1), ('s2', 't', 'theirs', '[]', '{}', 1, 1)",
+        ):
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+    opened = Store(url)
+    try:
+        caller = opened.read(lambda c: identities.caller(c, hashed=identities.sha256("k"))).result()
+        assert caller is not None
+        assert (caller.tenant_id, caller.member, caller.role) == ("t", "owner", "admin")
+        rows = opened.read(
+            lambda c: c.execute(sa.select(sessions.c.id, sessions.c.member_id, sessions.c.project_id)).all()
+        ).result()
+        default = opened.read(lambda c: identities.project(c, "default", "t")).result()
+        assert default is not None
+        assert sorted(rows) == [("s1", caller.member_id, default.id), ("s2", caller.member_id, "theirs")]
+        engine = sa.create_engine(url)
+        with engine.begin() as connection:  # and back
+            config.attributes["connection"] = connection
+            command.downgrade(config, "0003")
+            command.upgrade(config, "head")
+        engine.dispose()
+    finally:
+        opened.close()
+
+
+def test_files_go_with_the_last_that_shares_them(store: Store, run: str) -> None:
+    row = {**_reservation(store, "1"), "lora": {}, "size_bytes": 3}
+    store.write(lambda c: checkpoints.publish(c, "1", row)).result()
+    tenant_id = str(row["tenant_id"])
+
+    def copy() -> str | None:
+        given = {"run_id": "r", "tenant_id": tenant_id, "ttl_seconds": None}
+        return store.write(lambda c: checkpoints.copy(c, str(row["path"]), **given)).result()  # type: ignore[arg-type]
+
+    def other_run(c: sa.Connection) -> None:
+        columns = [column.name for column in runs.c if column.name != "id"]
+        c.execute(
+            runs.insert().from_select(
+                ["id", *columns], sa.select(sa.literal("q"), *(runs.c[n] for n in columns))
+            )
+        )
+
+    store.write(other_run).result()
+    given = {"run_id": "q", "tenant_id": tenant_id, "ttl_seconds": None}
+    path = store.write(lambda c: checkpoints.copy(c, str(row["path"]), **given)).result()  # type: ignore[arg-type]
+    assert path == str(row["path"]).replace("//r/", "//q/")
+
+    def due() -> list[str]:
+        store.write(lambda c: c.exec_driver_sql("update garbage set delete_after = 1")).result()
+        return store.read(checkpoints.due_garbage).result()
+
+    store.write(lambda c: checkpoints.delete(c, str(row["path"]))).result()
+    assert due() == []
+    store.write(lambda c: checkpoints.delete(c, str(path))).result()
+    assert store.read(checkpoints.due_garbage).result() == [], "an hour anew"
+    assert due() == [row["object_prefix"]]
+    assert copy() is None
+
+
+def test_usage_is_added_up_by_hour_and_counted_once(store: Store, run: str) -> None:
+    from tinsmith_api.journal import usage
+
+    operations = [ops.Operation("s:train:0", seq, ops.FORWARD_BACKWARD, "", "m", tokens=5) for seq in (1, 2)]
+    tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
+    for operation in operations:
+        mine = ops.Operation(**{**vars(operation), "tenant_id": tenant})
+        for worker in ("w1", "w2"):
+            store.write(
+                lambda c, o=mine, w=worker: usage.count(c, o, w, {usage.TRAINING: 5, usage.SAMPLED: 0})
+            ).result()
+    (row,) = store.read(lambda c: usage.by_hour(c, tenant, 0, 2**31 - 1)).result()
+    assert (row.kind, row.amount, row.session_id, row.base_model) == ("forward_backward", 20, "s", "m")

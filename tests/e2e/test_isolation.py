@@ -1,5 +1,7 @@
 """Two tenants: neither can see, use or harm what is the other's, on any route."""
 
+import datetime
+
 import pytest
 
 from tests.conftest import RunningService
@@ -26,6 +28,7 @@ def things(owner: Wire) -> Json:
     future = owner.submit(run, 1, datum([1, 2, 3]))
     path = owner.result(owner.post("/save_weights", model_id=run, seq_id=2, path="mine"))["path"]
     unnamed = owner.post("/save_weights_for_sampler", model_id=run, seq_id=3, sampling_session_seq_id=0)
+    owner.result(owner.post("/save_weights_external", model_id=run, seq_id=4, path="out"))
     return {
         "session": session,
         "run": run,
@@ -46,14 +49,14 @@ def test_every_route_answers_404_for_what_is_anothers(stranger: Wire, things: Js
             "/create_model", session_id=session, model_seq_id=5, base_model=MODEL, lora_config=lora
         ),
         lambda: stranger.post("/get_info", model_id=run),
-        lambda: stranger.submit(run, 4, datum([1, 2])),
+        lambda: stranger.submit(run, 5, datum([1, 2])),
         lambda: stranger.post(
-            "/forward", model_id=run, seq_id=4, forward_input={"data": [], "loss_fn": "cross_entropy"}
+            "/forward", model_id=run, seq_id=5, forward_input={"data": [], "loss_fn": "cross_entropy"}
         ),
-        lambda: stranger.optim(run, 4),
-        lambda: stranger.post("/save_weights", model_id=run, seq_id=4, path="x"),
-        lambda: stranger.post("/save_weights_for_sampler", model_id=run, seq_id=4, path="x"),
-        lambda: stranger.post("/load_weights", model_id=run, seq_id=4, path=path, optimizer=False),
+        lambda: stranger.optim(run, 5),
+        lambda: stranger.post("/save_weights", model_id=run, seq_id=5, path="x"),
+        lambda: stranger.post("/save_weights_for_sampler", model_id=run, seq_id=5, path="x"),
+        lambda: stranger.post("/load_weights", model_id=run, seq_id=5, path=path, optimizer=False),
         lambda: stranger.post(
             "/load_weights", session_id=own_session, model_seq_id=0, path=path, optimizer=False
         ),
@@ -71,10 +74,23 @@ def test_every_route_answers_404_for_what_is_anothers(stranger: Wire, things: Js
         lambda: stranger.get(f"/samplers/{sampler}"),
         lambda: stranger.get(f"/training_runs/{run}"),
         lambda: stranger.get(f"/training_runs/{run}/checkpoints"),
+        lambda: stranger.get(f"/training_runs/{run}/metrics"),
+        lambda: stranger.get(f"/training_runs/{run}/cost"),
         lambda: stranger.delete(f"/training_runs/{run}/checkpoints/weights/mine"),
+        lambda: stranger.post(f"/training_runs/{run}/checkpoints/weights/mine/publish"),
+        lambda: stranger.delete(f"/training_runs/{run}/checkpoints/weights/mine/publish"),
+        lambda: stranger.put(f"/training_runs/{run}/checkpoints/weights/mine/ttl", ttl_seconds=3600),
+        lambda: stranger.get(f"/training_runs/{run}/checkpoints/weights/mine/archive"),
+        lambda: stranger.get(f"/training_runs/{run}/checkpoints/external_weights/out/external_weights_urls"),
+        lambda: stranger.post("/copy_weights", source_path=path, destination_project_id="default"),
+        lambda: stranger.post("/copy_weights", source_path=path, session_id=session, model_seq_id=9),
+        lambda: stranger.post("/save_weights_external", model_id=run, seq_id=5, path="x"),
+        lambda: stranger.get(f"/sessions/{session}"),
+        lambda: stranger.put(f"/sessions/{session}/project", project_id="default"),
+        lambda: stranger.get(f"/sessions/{session}/trace_export"),
         lambda: stranger.post("/retrieve_future", **things["future"]),
         # A refused body names the run too; it must not consume the owner's numbers.
-        lambda: stranger.post("/optim_step", model_id=run, seq_id=4, adam_params={"beta1": 7}),
+        lambda: stranger.post("/optim_step", model_id=run, seq_id=5, adam_params={"beta1": 7}),
     ]
     for number, attempt in enumerate(attempts):
         answer = attempt()
@@ -84,16 +100,26 @@ def test_every_route_answers_404_for_what_is_anothers(stranger: Wire, things: Js
 def test_lists_show_only_what_is_ones_own(owner: Wire, stranger: Wire, things: Json) -> None:
     assert stranger.get("/training_runs")["training_runs"] == []
     assert stranger.get("/checkpoints")["checkpoints"] == []
+    accessible = {"type": "accessible"}
+    found = stranger.post("/sessions/search", session_id=things["session"], owner=accessible)
+    assert found["sessions"] == []
+    assert things["session"] not in stranger.get("/sessions", access_scope="accessible")["sessions"]
+    hour = datetime.datetime.now(datetime.UTC).replace(minute=0, second=0, microsecond=0)
+    window = {"starting_on": hour, "ending_before": hour + datetime.timedelta(hours=1)}
+    assert (
+        stranger.get("/billing/usage/events", **{k: v.isoformat() for k, v in window.items()})["data"] == []
+    )
+    assert stranger.get("/billing/usage/checkpoints/current")["data"] == []
+    assert things["path"] not in str(stranger.get("/audit"))
     assert things["run"] in {r["training_run_id"] for r in owner.get("/training_runs")["training_runs"]}
 
 
 def test_the_owner_notices_nothing_of_the_attempts(owner: Wire, things: Json) -> None:
     assert owner.output(things["future"]).metrics["loss:sum"] == 0
-    assert owner.result(owner.optim(things["run"], 4))["metrics"]["step"] == 1
-    assert (
-        owner.get(f"/training_runs/{things['run']}/checkpoints")["checkpoints"][0]["tinker_path"]
-        == things["path"]
-    )
+    assert owner.result(owner.optim(things["run"], 5))["metrics"]["step"] == 1
+    listed = owner.get(f"/training_runs/{things['run']}/checkpoints")["checkpoints"]
+    assert things["path"] in [checkpoint["tinker_path"] for checkpoint in listed]
+    assert not [checkpoint for checkpoint in listed if checkpoint["public"] or checkpoint["expires_at"]]
 
 
 def test_a_revoked_key_opens_nothing(null_service: RunningService) -> None:

@@ -37,6 +37,9 @@ class Wire:
     def get(self, path: str, **query: Any) -> Json:
         return self._decode(self.http.get(path, params=query))
 
+    def put(self, path: str, /, **body: Any) -> Json:
+        return self._decode(self.http.put(path, json=body))
+
     def delete(self, path: str) -> Json:
         return self._decode(self.http.delete(path))
 

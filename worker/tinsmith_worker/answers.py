@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import samples
 from tinsmith.wire import tinsmith_pb2 as pb
-from tinsmith_api.journal import checkpoints
+from tinsmith_api.journal import audit, checkpoints, usage
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.tables import sampled_sequences
@@ -30,9 +30,22 @@ def optim_step(metrics: dict[str, float]) -> bytes:
     return json_body({"metrics": {name: value for name, value in metrics.items() if np.isfinite(value)}})
 
 
-def saved(given: Json) -> Json:
+def metrics(kind: str, body: bytes) -> Json | None:
+    """What is kept of a result for the run's curve."""
+    if kind in (ops.FORWARD, ops.FORWARD_BACKWARD):
+        given = dict(pb.ForwardBackwardOutput.FromString(body).metrics)
+    elif kind == ops.OPTIM_STEP:
+        given = json.loads(body)["metrics"]
+    else:
+        return None
+    return {name: value for name, value in given.items() if np.isfinite(value)}
+
+
+def saved(given: Json, size_bytes: int) -> Json:
     if given.get("sampling_session_id"):
         return {"sampling_session_id": given["sampling_session_id"]}
+    if given["kind"] == "external_weights":
+        return {"path": given["path"], "size_bytes": size_bytes}
     return {"path": given["path"]}
 
 
@@ -56,6 +69,11 @@ def checkpoint_row(operation: Operation, given: Json, lora: Json, size_bytes: in
 def publish(connection: sa.Connection, operation: Operation, given: Json, row: Json) -> None:
     """Make a save visible, and the sampler of an unnamed one; InvalidInput if its number is taken."""
     checkpoints.publish(connection, operation.request_id, row)
+    if row["listed"]:
+        details = {"tinker_path": row["path"], "size_bytes": row["size_bytes"]}
+        audit.record_by_key(
+            connection, operation.tenant_id, "checkpoints", "checkpoint_saved", details, operation.key_id
+        )
     if not (sampler_id := given.get("sampling_session_id")):
         return
     sampler = {
@@ -71,7 +89,7 @@ def publish(connection: sa.Connection, operation: Operation, given: Json, row: J
 
 
 def free_name(connection: sa.Connection, operation: Operation) -> None:
-    if operation.kind in (ops.SAVE_WEIGHTS, ops.SAVE_WEIGHTS_FOR_SAMPLER):
+    if operation.kind in ops.SAVES:
         checkpoints.free_name(connection, operation.request_id)
 
 
@@ -93,6 +111,16 @@ def sampled(output: SampleOutput, task: pb.SampleTask) -> bytes:
         message.prompt_alt_tokens.tokens.CopyFrom(samples.dense(output.prompt_alt_tokens.token_ids))
         message.prompt_alt_tokens.logprobs.CopyFrom(samples.dense(output.prompt_alt_tokens.logprobs))
     return message.SerializeToString()
+
+
+def used(output: SampleOutput, task: pb.SampleTask) -> dict[str, int]:
+    """The tokens that were read and sampled. What was in the cache is counted apart."""
+    prompt = len(task.prompt) // 4
+    return {
+        usage.PREFILL: prompt - output.cache_hit_tokens,
+        usage.PREFILL_CACHED: output.cache_hit_tokens,
+        usage.SAMPLED: sum(len(sequence.tokens) for sequence in output.sequences),
+    }
 
 
 def record_sequences(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
-from tinsmith_api.journal import metrics, snapshots
+from tinsmith_api.journal import age, metrics, snapshots, usage
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.checkpoints import forget_garbage
 from tinsmith_api.journal.leases import Lease
@@ -105,7 +105,7 @@ class Archive:
         """Write a checkpoint and finish the operation that asked for it."""
         # A checkpoint is what load_weights reads: it never restores a gradient, a sampler no moments either.
         state = replace(state, gradient=None)
-        if operation.kind == ops.SAVE_WEIGHTS_FOR_SAMPLER:
+        if operation.kind != ops.SAVE_WEIGHTS:
             state = replace(state, moment1=None, moment2=None, step=0)
 
         # From now, and not from when its turn comes: a store that is gone is gone for all that wait.
@@ -114,7 +114,7 @@ class Archive:
 
         def write() -> None:
             try:
-                size = self._put(given["object_prefix"], checkpoints.write(state, self._base_model), until)
+                size = self._put(given["object_prefix"], self._files(given, state), until)
             except Exception as error:
                 if self._is_hurried:
                     return
@@ -127,12 +127,23 @@ class Archive:
                 )
                 return
             row = answers.checkpoint_row(operation, given, lora, size)
-            body = answers.json_body(answers.saved(given))
+            body = answers.json_body(answers.saved(given, size))
             self._outbox.commit(
-                operation, epoch, lambda c: answers.publish(c, operation, given, row), body=body
+                operation,
+                epoch,
+                lambda c: answers.publish(c, operation, given, row),
+                body=body,
+                used={usage.CHECKPOINT: 1},
             )
 
         self._submit(state, write)
+
+    def _files(self, given: Json, state: AdapterState) -> dict[str, bytes]:
+        if given["kind"] != "external_weights":
+            return checkpoints.write(state, self._base_model)
+        files = checkpoints.export(state, self._base_model)
+        recipients = given.get("age_encryption_recipients")
+        return age.encrypt(files, age.read_recipients(recipients)) if recipients else files
 
     def _put(self, prefix: str, files: dict[str, bytes], until: float) -> int:
         pause = 0.1

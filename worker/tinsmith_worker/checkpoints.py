@@ -54,6 +54,12 @@ def write(state: AdapterState, base_model: str) -> dict[str, bytes]:
     return files
 
 
+def export(state: AdapterState, base_model: str) -> dict[str, bytes]:
+    """As `write`, without what only this service has a use for: PEFT's two files."""
+    files = write(state, base_model)
+    return {name: files[name] for name in (CONFIG, WEIGHTS)}
+
+
 def read(files: Mapping[str, bytes]) -> AdapterState:
     """The adapter in `files`; InvalidInput if one is missing or is not what `write` makes."""
     try:

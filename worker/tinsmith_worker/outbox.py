@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from tinsmith.errors import InvalidInput
 from tinsmith_api.journal import operations as ops
+from tinsmith_api.journal import usage
 from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers
@@ -53,10 +54,13 @@ class Outbox:
         body: Callable[[], bytes],
         *,
         also: Callable[[sa.Connection], object] | None = None,
+        used: Mapping[str, int] | None = None,
     ) -> None:
-        """The outcome of an executed operation; nothing for one that was replayed."""
+        """The outcome of an executed operation; nothing for one that was replayed. `used`: what it is
+        billed for, its own tokens if left out."""
         if operation.state == ops.QUEUED:
-            self._thread.submit(self._write_out, operation, self.epoch(operation), body, also)
+            used = {operation.kind: operation.tokens} if used is None else used
+            self._thread.submit(self._write_out, operation, self.epoch(operation), body, also, used)
 
     def epoch(self, operation: Operation) -> int:
         """Of the lease that an operation is executed under now; -1 if there is none."""
@@ -68,9 +72,12 @@ class Outbox:
         epoch: int,
         body: Callable[[], bytes],
         also: Callable[[sa.Connection], object] | None,
+        used: Mapping[str, int],
     ) -> None:
         try:
-            self.commit(operation, epoch, also, body=body())
+            written = body()
+            metrics = answers.metrics(operation.kind, written)
+            self.commit(operation, epoch, also, body=written, metrics=metrics, used=used)
         except Exception as error:
             log.exception("the result of %s cannot be written out", operation.kind)
             self._without_result(operation, epoch, error)
@@ -112,6 +119,8 @@ class Outbox:
         body: bytes | None = None,
         error: Json | None = None,
         has_effect: bool = False,
+        metrics: Json | None = None,
+        used: Mapping[str, int] | None = None,
     ) -> None:
         """Result, state and whatever belongs to them, in one transaction; then wake who waits."""
         is_run = operation.kind != ops.SAMPLE
@@ -127,9 +136,13 @@ class Outbox:
                 error=error,
                 has_effect=has_effect,
                 is_replayed=operation.kind in ops.CHANGING,
+                started_at=operation.started_at,
+                metrics=metrics,
             )
             if finished and also is not None:
                 also(connection)
+            if finished and used:
+                usage.count(connection, operation, self._worker_id, used)
 
         self._journal.write(statement).add_done_callback(
             lambda done: self._committed(operation, epoch, body is not None, done)

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sqlalchemy as sa
 
@@ -353,6 +353,7 @@ class Worker:
         for run_id in {item.run_id for item in batch}:
             self._unpack_ahead(self.held[run_id])
         now = time.time()
+        work = [replace(p, operation=replace(p.operation, started_at=now)) for p in work]
         for prepared in work:
             if prepared.operation.state == ops.QUEUED:
                 metrics.QUEUE_WAIT.labels(prepared.operation.kind).observe(
@@ -470,10 +471,9 @@ class Worker:
                     self._optim_step(prepared)
                 case ops.LOAD_WEIGHTS:
                     self._load(prepared)
-                case ops.SAVE_WEIGHTS | ops.SAVE_WEIGHTS_FOR_SAMPLER:
-                    self._save(prepared)
                 case _:
-                    raise AssertionError(f"an operation of unknown kind {kind!r}")
+                    assert kind in ops.SAVES, f"an operation of unknown kind {kind!r}"
+                    self._save(prepared)
         except InvalidInput as error:
             self._failed(prepared, Failure(str(error)))
         except Exception as error:  # it may have been half applied

@@ -7,6 +7,7 @@ flood of one's requests stands in its own line and in nobody else's.
 import logging
 import time
 from collections import Counter, deque
+from dataclasses import replace
 
 from tinsmith.errors import InvalidInput
 from tinsmith_worker import answers
@@ -115,6 +116,8 @@ class Sampling:
 
     def _add(self, request_id: str) -> None:
         event = self._under_way[request_id]
+        event = replace(event, operation=replace(event.operation, started_at=time.time()))
+        self._under_way[request_id] = event
         assert event.given is not None
         try:
             if prefix := event.task.object_prefix:
@@ -144,6 +147,7 @@ class Sampling:
             event.operation,
             lambda: answers.sampled(output, event.task),
             also=lambda c: answers.record_sequences(c, event.operation, event.task, output),
+            used=answers.used(output, event.task),
         )
 
     def _fail(self, request_id: str, failure: Failure) -> None:

@@ -5,11 +5,13 @@ finishes the save, after every file and the manifest are in the object store; a 
 """
 
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
+from tinsmith_api.journal import audit
 from tinsmith_api.journal.operations import insert_if_new
 from tinsmith_api.journal.tables import checkpoints, garbage, runs, sampling_sessions, sessions
 
@@ -33,15 +35,24 @@ def reserve(connection: sa.Connection, values: Json) -> bool:
 
 
 def find(connection: sa.Connection, path: str, tenant_id: str) -> sa.Row[Any] | None:
-    """One of this tenant's checkpoints that is whole."""
-    return connection.execute(
-        sa.select(checkpoints).where(
-            checkpoints.c.path == path,
-            checkpoints.c.tenant_id == tenant_id,
-            checkpoints.c.ready_at.is_not(None),
-            _not_expired(),
-        )
-    ).one_or_none()
+    """One of this tenant's checkpoints that is whole, with its `base_model`."""
+    return connection.execute(_found(path, checkpoints.c.tenant_id == tenant_id)).one_or_none()
+
+
+def find_readable(connection: sa.Connection, path: str, tenant_id: str) -> sa.Row[Any] | None:
+    """As `find`; also what anybody published."""
+    its_own = checkpoints.c.tenant_id == tenant_id
+    return connection.execute(_found(path, sa.or_(its_own, _IS_PUBLIC))).one_or_none()
+
+
+_IS_PUBLIC = checkpoints.c.published_at.is_not(None)
+
+
+def _found(path: str, whose: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    statement = sa.select(checkpoints, runs.c.base_model).join_from(checkpoints, runs)
+    return statement.where(
+        checkpoints.c.path == path, whose, checkpoints.c.ready_at.is_not(None), _not_expired()
+    )
 
 
 def publish(connection: sa.Connection, request_id: str, values: Json) -> None:
@@ -49,7 +60,14 @@ def publish(connection: sa.Connection, request_id: str, values: Json) -> None:
     before = connection.execute(
         sa.select(checkpoints).where(checkpoints.c.path == values["path"])
     ).one_or_none()
-    row = {**values, "request_id": request_id, "created_at": time.time(), "ready_at": time.time()}
+    # What was published was what it held before.
+    fresh = {
+        "request_id": request_id,
+        "created_at": time.time(),
+        "ready_at": time.time(),
+        "published_at": None,
+    }
+    row = {**values, **fresh}
     if before is None:
         connection.execute(sa.insert(checkpoints).values(row))
         return
@@ -82,10 +100,55 @@ def delete_all(connection: sa.Connection, paths: Sequence[str]) -> None:
         discard_objects(connection, prefix)
 
 
+def publish_to_all(connection: sa.Connection, path: str, *, is_public: bool) -> None:
+    """Let everybody read it, or nobody else any more. A sampler that was made meanwhile stays."""
+    now = time.time() if is_public else None
+    connection.execute(sa.update(checkpoints).where(checkpoints.c.path == path).values(published_at=now))
+
+
+def set_ttl(connection: sa.Connection, path: str, ttl_seconds: int | None) -> None:
+    """From now; None: it stays."""
+    expires_at = None if ttl_seconds is None else time.time() + ttl_seconds
+    connection.execute(sa.update(checkpoints).where(checkpoints.c.path == path).values(expires_at=expires_at))
+
+
+def copy(
+    connection: sa.Connection, source_path: str, *, run_id: str, tenant_id: str, ttl_seconds: int | None
+) -> str | None:
+    """A checkpoint of the same kind and name under another run, of another tenant perhaps; its path. The
+    files are shared. None if the source is gone."""
+    # Locked, so that its files cannot become garbage between this look and the row that keeps them.
+    statement = _found(source_path, sa.true()).with_for_update(of=checkpoints)
+    source = connection.execute(statement).one_or_none()
+    if source is None:
+        return None
+    now = time.time()
+    path = path_of(run_id, source.kind, source.name)
+    row = {
+        "path": path,
+        "run_id": run_id,
+        "tenant_id": tenant_id,
+        "request_id": uuid.uuid4().hex,
+        "created_at": now,
+        "ready_at": now,
+        "expires_at": None if ttl_seconds is None else now + ttl_seconds,
+    }
+    same = ("kind", "name", "listed", "object_prefix", "lora", "user_metadata", "size_bytes")
+    insert_if_new(connection, checkpoints, {**{name: getattr(source, name) for name in same}, **row})
+    return path
+
+
 def listing(
-    connection: sa.Connection, tenant_id: str, *, run_id: str | None = None, limit: int, offset: int = 0
+    connection: sa.Connection,
+    tenant_id: str,
+    *,
+    run_id: str | None = None,
+    member_id: str | None = None,
+    only_published: bool = False,
+    limit: int,
+    offset: int = 0,
 ) -> tuple[list[sa.Row[Any]], int]:
-    """(one page, newest first; how many there are)."""
+    """(one page, newest first; how many there are), of a run or of a member's runs."""
     where = [
         checkpoints.c.tenant_id == tenant_id,
         checkpoints.c.ready_at.is_not(None),
@@ -94,6 +157,11 @@ def listing(
     ]
     if run_id is not None:
         where.append(checkpoints.c.run_id == run_id)
+    if member_id is not None:
+        its = sa.select(runs.c.id).join(sessions).where(sessions.c.member_id == member_id)
+        where.append(checkpoints.c.run_id.in_(its))
+    if only_published:
+        where.append(_IS_PUBLIC)
     total = connection.execute(sa.select(sa.func.count()).select_from(checkpoints).where(*where)).scalar_one()
     page = sa.select(checkpoints).where(*where).order_by(checkpoints.c.created_at.desc(), checkpoints.c.path)
     return list(connection.execute(page.limit(limit).offset(offset)).all()), total
@@ -102,10 +170,19 @@ def listing(
 def discard_objects(
     connection: sa.Connection, object_prefix: str, *, after_seconds: float = GARBAGE_SECONDS
 ) -> None:
-    """These are garbage by then, unless `keep_objects` says otherwise before."""
-    insert_if_new(
-        connection, garbage, {"object_prefix": object_prefix, "delete_after": time.time() + after_seconds}
-    )
+    """These are garbage by then, unless `keep_objects` says otherwise before. Of objects that copies share
+    every copy that goes says so anew."""
+    delete_after = time.time() + after_seconds
+    if not insert_if_new(connection, garbage, {"object_prefix": object_prefix, "delete_after": delete_after}):
+        sooner = sa.and_(garbage.c.object_prefix == object_prefix, garbage.c.delete_after < delete_after)
+        connection.execute(sa.update(garbage).where(sooner).values(delete_after=delete_after))
+
+
+def size_of(connection: sa.Connection, run_id: str) -> int:
+    """Bytes of what is kept of a run."""
+    size = sa.func.coalesce(sa.func.sum(checkpoints.c.size_bytes), 0)
+    statement = sa.select(size).where(checkpoints.c.run_id == run_id, checkpoints.c.ready_at.is_not(None))
+    return int(connection.execute(statement).scalar_one())
 
 
 def keep_objects(connection: sa.Connection, object_prefix: str) -> bool:
@@ -127,10 +204,17 @@ def claim_garbage(connection: sa.Connection, object_prefix: str) -> bool:
 
 def expire(connection: sa.Connection, *, at_most: int) -> int:
     """Delete checkpoints whose time has come; how many."""
-    due = sa.select(checkpoints.c.path).where(checkpoints.c.expires_at < time.time()).limit(at_most)
-    paths = list(connection.execute(due).scalars())
-    delete_all(connection, paths)
-    return len(paths)
+    due = (
+        sa.select(checkpoints.c.path, checkpoints.c.tenant_id)
+        .where(checkpoints.c.expires_at < time.time())
+        .limit(at_most)
+    )
+    rows = connection.execute(due).all()
+    delete_all(connection, [row.path for row in rows])
+    for row in rows:
+        details = {"tinker_path": row.path, "by": "its ttl"}
+        audit.record(connection, row.tenant_id, "checkpoints", "checkpoint_expired", details)
+    return len(rows)
 
 
 def unnamed_left(connection: sa.Connection, *, at_most: int) -> list[str]:
@@ -150,7 +234,8 @@ def unnamed_left(connection: sa.Connection, *, at_most: int) -> list[str]:
 
 
 def due_garbage(connection: sa.Connection) -> list[str]:
-    """Prefixes of objects to be deleted now. A frozen sampler keeps its own until its session is over."""
+    """Prefixes of objects to be deleted now. A frozen sampler keeps its own until its session is over, a
+    copy of a checkpoint as long as it is there."""
     now = time.time()
     session_goes_on = sa.or_(sessions.c.finished_at.is_(None), sessions.c.finished_at > now - GARBAGE_SECONDS)
     sampled = (
@@ -158,7 +243,8 @@ def due_garbage(connection: sa.Connection) -> list[str]:
         .where(sampling_sessions.c.object_prefix == garbage.c.object_prefix)
         .where(sampling_sessions.c.session_id == sessions.c.id, session_goes_on)
     )
-    statement = sa.select(garbage.c.object_prefix).where(garbage.c.delete_after < now, ~sampled)
+    copied = sa.exists().where(checkpoints.c.object_prefix == garbage.c.object_prefix)
+    statement = sa.select(garbage.c.object_prefix).where(garbage.c.delete_after < now, ~sampled, ~copied)
     return list(connection.execute(statement).scalars())
 
 

@@ -8,6 +8,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -50,6 +52,11 @@ class ObjectStore(Protocol):
         shows; how many pieces. Nobody has touched them for so long."""
         ...
 
+    def links(self, prefix: str, seconds: int) -> dict[str, str]:
+        """For every file under `prefix` an address at which anybody can read it for so long; "" if the store
+        has no addresses of its own. Damaged or OSError as for `get`."""
+        ...
+
 
 class Entry(NamedTuple):
     size_bytes: int
@@ -70,7 +77,7 @@ def read_manifest(prefix: str, manifest: bytes) -> dict[str, Entry]:
         entries = {str(name): Entry(int(e["bytes"]), str(e["sha256"])) for name, e in given.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         entries = None
-    if entries is None or any("/" in name or "\0" in name for name in entries):
+    if entries is None or any("/" in name or "\0" in name or name in (".", "..") for name in entries):
         raise Damaged(f"{prefix}: its {MANIFEST} does not list files and their checksums")
     return entries
 
@@ -102,22 +109,25 @@ class DirectoryStore:
 
     def get(self, prefix: str) -> dict[str, bytes]:
         folder = self._folder(prefix)
-        try:
+        with _damage_told(prefix):
             entries = read_manifest(prefix, (folder / MANIFEST).read_bytes())
             files = {name: (folder / name).read_bytes() for name in entries}
-        except FileNotFoundError as error:
-            raise Damaged(f"{prefix}: {Path(error.filename).name} is missing") from None
-        except OSError as error:
-            # The rest may pass: too many open files, a network file system that does not answer.
-            if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
-                raise
-            raise Damaged(f"{prefix}: {Path(error.filename).name} cannot be read: {error.strerror}") from None
         check(prefix, files, entries)
         return files
 
     def delete(self, prefix: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder(prefix))
+
+    def links(self, prefix: str, seconds: int) -> dict[str, str]:
+        with _damage_told(prefix):
+            return dict.fromkeys(read_manifest(prefix, (self._folder(prefix) / MANIFEST).read_bytes()), "")
+
+    def path(self, prefix: str, name: str) -> Path:
+        """Where a file lies that `links` names; Damaged if it names none so."""
+        if name not in self.links(prefix, 0):
+            raise Damaged(f"{prefix}: it has no file {name}")
+        return self._folder(prefix) / name
 
     def _write(self, target: Path, files: dict[str, bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +170,19 @@ class DirectoryStore:
         return folder
 
 
+@contextmanager
+def _damage_told(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Damaged(f"{prefix}: {Path(error.filename).name} is missing") from None
+    except OSError as error:
+        # The rest may pass: too many open files, a network file system that does not answer.
+        if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise Damaged(f"{prefix}: {Path(error.filename).name} cannot be read: {error.strerror}") from None
+
+
 def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -169,11 +192,24 @@ def _sync(folder: Path) -> None:
 
 
 def open_store(
-    url: str, *, endpoint: str = "", region: str = "", encryption: str = "", kms_key: str = ""
+    url: str,
+    *,
+    endpoint: str = "",
+    region: str = "",
+    encryption: str = "",
+    kms_key: str = "",
+    public_endpoint: str = "",
 ) -> ObjectStore:
     """The store at `url`: a local directory, or s3://bucket/prefix, where the other arguments count."""
     if not url.startswith("s3://"):
         return DirectoryStore(Path(url))
     from tinsmith_api.journal.s3 import S3Store
 
-    return S3Store(url, endpoint=endpoint, region=region, encryption=encryption, kms_key=kms_key)
+    return S3Store(
+        url,
+        endpoint=endpoint,
+        region=region,
+        encryption=encryption,
+        kms_key=kms_key,
+        public_endpoint=public_endpoint,
+    )

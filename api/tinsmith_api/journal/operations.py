@@ -13,7 +13,15 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tinsmith_api.journal.tables import operations, payloads, results, runs, sessions, tenants
+from tinsmith_api.journal.tables import (
+    operations,
+    payloads,
+    results,
+    runs,
+    sampling_sessions,
+    sessions,
+    tenants,
+)
 
 Json = dict[str, Any]
 
@@ -25,9 +33,11 @@ FORWARD_BACKWARD = "forward_backward"
 OPTIM_STEP = "optim_step"
 SAVE_WEIGHTS = "save_weights"
 SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
+SAVE_WEIGHTS_EXTERNAL = "save_weights_external"
 LOAD_WEIGHTS = "load_weights"
 SAMPLE = "sample"
 
+SAVES = frozenset({SAVE_WEIGHTS, SAVE_WEIGHTS_FOR_SAMPLER, SAVE_WEIGHTS_EXTERNAL})
 # What an adapter is the result of; a replay executes these and steps over the others.
 CHANGING = frozenset({CREATE_MODEL, FORWARD_BACKWARD, OPTIM_STEP, LOAD_WEIGHTS})
 
@@ -52,6 +62,8 @@ class Operation:
     submitted_at: float = 0.0
     payload: bytes | None = None
     worker_id: str | None = None  # of an operation that belongs to no run
+    key_id: int | None = None  # of who submitted it
+    started_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,21 @@ _FORGET_DEATHS = sa.update(runs).where(runs.c.id == sa.bindparam("of_run")).valu
 _FINISH = (
     sa.update(operations)
     .where(operations.c.request_id == _REQUEST_ID, operations.c.state == QUEUED)
-    .values({name: sa.bindparam(f"new_{name}") for name in ("state", "finished_at", "error")})
+    .values(
+        {
+            name: sa.bindparam(f"new_{name}")
+            for name in ("state", "finished_at", "error", "started_at", "metrics")
+        }
+    )
+)
+# The other columns are written when it was executed, and when its result was fetched.
+_SUBMITTED = [
+    c.name for c in operations.c if c.name not in ("finished_at", "started_at", "retrieved_at", "metrics")
+]
+_NOTE_RETRIEVED = (
+    sa.update(operations)
+    .where(operations.c.request_id == _REQUEST_ID, operations.c.retrieved_at.is_(None))
+    .values(retrieved_at=sa.bindparam("at"))
 )
 _ADD_PAYLOAD = sa.insert(payloads)
 _ADD_RESULT = sa.insert(results)
@@ -141,7 +167,7 @@ def submit(connection: sa.Connection, operation: Operation) -> tuple[Operation, 
         state=FAILED if operation.error else QUEUED,
         submitted_at=time.time(),
     )
-    row = {c.name: getattr(new, c.name) for c in operations.c if c.name != "finished_at"}
+    row = {name: getattr(new, name) for name in _SUBMITTED}
     row["finished_at"] = new.submitted_at if new.error else None
     if not insert_if_new(connection, operations, row):
         return _one(connection, operations.c.subject == new.subject, operations.c.seq_id == new.seq_id), False
@@ -258,17 +284,26 @@ def finish(
     error: Json | None = None,
     has_effect: bool = False,
     is_replayed: bool = True,
+    started_at: float | None = None,
+    metrics: Json | None = None,
 ) -> bool:
     """Record the outcome of a queued operation. False if it had one already (the first stands).
 
     has_effect: it failed, but a replay must execute it all the same (its state is DONE, with an error).
     is_replayed: whether a replay executes it if it is DONE; if not, its payload is of no more use.
+    metrics: what is to be remembered of its result when the body is forgotten.
     For an operation of a run (`run_id`), LeaseLost unless this worker holds it under this epoch.
     """
     if run_id is not None and check_lease(connection, run_id, worker_id, epoch):
         connection.execute(_FORGET_DEATHS, {"of_run": run_id})
     state = FAILED if error and not has_effect else DONE
-    outcome = {"new_state": state, "new_finished_at": time.time(), "new_error": error}
+    outcome = {
+        "new_state": state,
+        "new_finished_at": time.time(),
+        "new_error": error,
+        "new_started_at": started_at,
+        "new_metrics": metrics,
+    }
     updated = connection.execute(_FINISH, {"of_request": request_id, **outcome})
     if not updated.rowcount:
         return False
@@ -315,6 +350,52 @@ def check_lease(connection: sa.Connection, run_id: str, worker_id: str, epoch: i
     return deaths
 
 
+def note_retrieved(connection: sa.Connection, times: dict[str, float]) -> None:
+    """When results were fetched first, by request id."""
+    rows = [{"of_request": request_id, "at": at} for request_id, at in sorted(times.items())]
+    connection.execute(_NOTE_RETRIEVED, rows)
+
+
+def of_session(connection: sa.Connection, session_id: str, *, at_most: int) -> Sequence[Any]:
+    """The newest operations of the session's runs and samplers, in the order of submission."""
+    subjects = [
+        operations.c.subject.in_(sa.select(table.c.id).where(table.c.session_id == session_id))
+        for table in (runs, sampling_sessions)
+    ]
+    newest = sa.select(operations).where(sa.or_(*subjects)).order_by(operations.c.submitted_at.desc())
+    return connection.execute(newest.limit(at_most)).all()[::-1]
+
+
+def curve(connection: sa.Connection, run_id: str, *, after_seq: int, limit: int) -> Sequence[Any]:
+    """The run's passes and steps that are done, in order."""
+    shown = (FORWARD, FORWARD_BACKWARD, OPTIM_STEP)
+    statement = sa.select(operations).where(
+        operations.c.subject == run_id,
+        operations.c.seq_id > after_seq,
+        operations.c.state == DONE,
+        operations.c.kind.in_(shown),
+    )
+    return connection.execute(statement.order_by(operations.c.seq_id).limit(limit)).all()
+
+
+def totals(connection: sa.Connection, run_id: str) -> Sequence[Any]:
+    """(kind, calls, tokens, queue_seconds, compute_seconds) of what of the run is done. Seconds are NULL of
+    what was executed before they were noted; passes shared with other runs count in full."""
+    columns = operations.c
+    statement = (
+        sa.select(
+            columns.kind,
+            sa.func.count().label("calls"),
+            sa.func.sum(columns.tokens).label("tokens"),
+            sa.func.sum(columns.started_at - columns.submitted_at).label("queue_seconds"),
+            sa.func.sum(columns.finished_at - columns.started_at).label("compute_seconds"),
+        )
+        .where(columns.subject == run_id, columns.state == DONE)
+        .group_by(columns.kind)
+    )
+    return connection.execute(statement).all()
+
+
 def purge_results(connection: sa.Connection, *, finished_before: float, at_most: int) -> int:
     """Delete the bodies of results nobody will fetch any more, oldest first; their operations stay.
 
@@ -347,4 +428,5 @@ def _operation(row: sa.Row[Any]) -> Operation:
         state=row.state,
         submitted_at=row.submitted_at,
         worker_id=row.worker_id,
+        key_id=row.key_id,
     )

@@ -52,16 +52,25 @@ class S3Store:
     """Keeps `objects.ObjectStore` under `s3://bucket/prefix`.
 
     Credentials: where boto3 looks for them; they need s3:ListBucket too, else S3 says "forbidden" of what is
-    merely absent. encryption: "", "AES256" or "aws:kms" (kms_key: "" is the account's own). At construction
-    ValueError for settings that cannot be right, Unavailable if the bucket cannot be used.
+    merely absent. encryption: "", "AES256" or "aws:kms" (kms_key: "" is the account's own). public_endpoint:
+    where others than this service reach it ("": there too). At construction ValueError for settings that
+    cannot be right, Unavailable if the bucket cannot be used.
     """
 
     def __init__(
-        self, url: str, *, endpoint: str = "", region: str = "", encryption: str = "", kms_key: str = ""
+        self,
+        url: str,
+        *,
+        endpoint: str = "",
+        region: str = "",
+        encryption: str = "",
+        kms_key: str = "",
+        public_endpoint: str = "",
     ) -> None:
         self._bucket, self._root = _parts(url)
         self._encryption = _encryption(encryption, kms_key)
         self._client = _client(endpoint, region)
+        self._linking = _client(public_endpoint, region) if public_endpoint else self._client
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except (ClientError, BotoCoreError) as error:
@@ -126,6 +135,19 @@ class S3Store:
         )
         return [upload for page in pages for upload in page.get("Uploads", ())]
 
+    def links(self, prefix: str, seconds: int) -> dict[str, str]:
+        with _translated(f"{prefix} cannot be read"):
+            manifest = self._manifest(prefix)
+            if manifest is None:
+                raise Damaged(f"{prefix}: {MANIFEST} is missing")
+            entries, folder = read_manifest(prefix, manifest), _folder(manifest)
+            return {name: self._link(self._key(prefix, folder, name), seconds) for name in entries}
+
+    def _link(self, key: str, seconds: int) -> str:
+        asked = {"Bucket": self._bucket, "Key": key}
+        link: str = self._linking.generate_presigned_url("get_object", asked, ExpiresIn=seconds)
+        return link
+
     def _size_if_whole(self, prefix: str) -> int | None:
         """By its manifest, which was written last."""
         manifest = self._manifest(prefix)
@@ -189,6 +211,7 @@ def _client(endpoint: str, region: str) -> Any:
         retries=_TRIES,
         connect_timeout=_CONNECT_SECONDS,
         read_timeout=_READ_SECONDS,
+        signature_version="s3v4",  # in links too: what is encrypted with KMS is given for no other
         max_pool_connections=4 * _FILES_AT_ONCE * _PARTS_AT_ONCE,  # saves and reads go on side by side
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",

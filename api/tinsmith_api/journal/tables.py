@@ -22,6 +22,32 @@ tenants = sa.Table(
     sa.Column("max_page_bytes", sa.BigInteger),
     # Who has a higher one is served first, whatever its share.
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    # Tokens it may use in all; NULL: as many as it likes.
+    sa.Column("token_budget", sa.BigInteger),
+)
+
+# People (or programs) of a tenant. What each may do is its role.
+members = sa.Table(
+    "members",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("name", sa.String, nullable=False),  # an address of e-mail, say
+    sa.Column("role", sa.String, nullable=False),  # admin, member, viewer
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("removed_at", sa.Float),
+    sa.UniqueConstraint("tenant_id", "name"),
+)
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("token_budget", sa.BigInteger),
+    sa.UniqueConstraint("tenant_id", "name"),
 )
 
 keys = sa.Table(
@@ -34,6 +60,11 @@ keys = sa.Table(
     sa.Column("sha256", sa.String, nullable=False, unique=True),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("revoked_at", sa.Float),
+    sa.Column("member_id", sa.String),
+    # Limits of its own; NULL: none.
+    sa.Column("requests_per_minute", sa.Integer),
+    sa.Column("concurrent_samples", sa.Integer),
+    sa.Column("tokens_per_day", sa.BigInteger),
 )
 
 sessions = sa.Table(
@@ -49,8 +80,9 @@ sessions = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("heartbeat_at", sa.Float, nullable=False),
     sa.Column("finished_at", sa.Float),
-    sa.Column("finish_reason", sa.String),
+    sa.Column("finish_reason", sa.String),  # success, errored, interrupted; cancelled: the client was gone
     sa.Column("finish_detail", sa.String),
+    sa.Column("member_id", sa.String),
 )
 
 workers = sa.Table(
@@ -107,6 +139,11 @@ operations = sa.Table(
     sa.Column("finished_at", sa.Float),
     sa.Column("answer", sa.JSON(none_as_null=True)),  # what the submission answered beside request_id
     sa.Column("error", sa.JSON(none_as_null=True)),  # {"error": sentence, "category": "user" | "server"}
+    sa.Column("key_id", sa.Integer),  # of who submitted it
+    sa.Column("started_at", sa.Float),
+    sa.Column("retrieved_at", sa.Float),
+    # What its result said of the training: the body is forgotten after a day, the curve is not.
+    sa.Column("metrics", sa.JSON(none_as_null=True)),
     sa.UniqueConstraint("subject", "seq_id"),
     sa.Index("operations_open", "base_model", "state"),
     sa.Index("operations_of_tenant", "tenant_id", "state"),
@@ -146,18 +183,20 @@ checkpoints = sa.Table(
     sa.Column("path", sa.String, primary_key=True),  # tinker://run/kind/name
     sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
     sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False, index=True),
-    sa.Column("kind", sa.String, nullable=False),  # weights, sampler_weights
+    sa.Column("kind", sa.String, nullable=False),  # weights, sampler_weights, external_weights
     sa.Column("name", sa.String, nullable=False),
     # A name is taken when its save is submitted; ready_at is set with the result, once the files are whole.
     sa.Column("request_id", sa.String, nullable=False, index=True),
     sa.Column("listed", sa.Boolean, nullable=False),  # unnamed samplers are not
-    sa.Column("object_prefix", sa.String, nullable=False),
+    # Shared with its copies; the files go with the last of them.
+    sa.Column("object_prefix", sa.String, nullable=False, index=True),
     sa.Column("lora", sa.JSON, nullable=False),
     sa.Column("user_metadata", sa.JSON, nullable=False),
     sa.Column("size_bytes", sa.BigInteger),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("ready_at", sa.Float),
     sa.Column("expires_at", sa.Float, index=True),
+    sa.Column("published_at", sa.Float),  # since then everybody may read it
 )
 
 # Objects nothing refers to any more. They are deleted a while later, so that an operation that was
@@ -178,4 +217,72 @@ sampled_sequences = sa.Table(
     sa.Column("tokens", sa.LargeBinary, nullable=False),  # int32
     sa.Column("logprobs", sa.LargeBinary, nullable=False),  # float32
     sa.Column("created_at", sa.Float, nullable=False, index=True),
+)
+
+# What was used in each hour. Workers count in the transaction that finishes an operation, each in rows of its
+# own, so that none waits for another.
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("hour", sa.Integer, primary_key=True),  # since the epoch
+    sa.Column("subject", sa.String, primary_key=True),  # a run or a sampling session; storage: a project
+    # forward_backward, forward, prefill, prefill_cached, sample: tokens; checkpoint: saves; storage: bytes
+    sa.Column("kind", sa.String, primary_key=True),
+    sa.Column("key_id", sa.Integer, primary_key=True, autoincrement=False),  # 0: unknown
+    sa.Column("worker_id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("session_id", sa.String),
+    sa.Column("base_model", sa.String),
+    sa.Column("amount", sa.BigInteger, nullable=False),
+    sa.Index("usage_of_tenant", "tenant_id", "hour"),
+    sa.Index("usage_of_key", "key_id", "hour"),
+    sa.Index("usage_of_session", "session_id"),
+    sa.Index("usage_of_subject", "subject"),
+)
+
+# Who did what. Rows are added only: the database itself refuses to change one.
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("category", sa.String, nullable=False),  # checkpoints, projects, teams, organizations
+    sa.Column("event", sa.String, nullable=False),
+    sa.Column("details", sa.JSON, nullable=False),
+    sa.Index("audit_of_tenant", "tenant_id", "at"),
+)
+
+# What copy_weights answered, so that it answers the same when it is asked again.
+copies = sa.Table(
+    "copies",
+    metadata,
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), primary_key=True),
+    sa.Column("idempotency_key", sa.String, primary_key=True),
+    sa.Column("asked", sa.JSON, nullable=False),
+    sa.Column("path", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False, index=True),
+)
+
+# Files that are made when somebody asks for them, by whoever keeps house: archives of checkpoints, traces of
+# sessions.
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    sa.Column("kind", sa.String, primary_key=True),  # archive, trace
+    sa.Column("subject", sa.String, primary_key=True),  # a checkpoint's object_prefix; a session
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("state", sa.String, nullable=False, index=True),  # wanted, ready, failed
+    sa.Column("object_prefix", sa.String),
+    sa.Column("error", sa.String),
+    sa.Column("changed_at", sa.Float, nullable=False),
+)
+
+# What tokens and download addresses are signed with. The newest signs; the others are good for checking.
+signing_keys = sa.Table(
+    "signing_keys",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("secret", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
 )

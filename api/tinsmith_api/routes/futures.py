@@ -29,6 +29,7 @@ async def retrieve_future(mine: Mine, request: Request) -> Response:
     outcome = await _outcome(mine, body.request_id)
     if outcome.state == ops.QUEUED:
         return reply(await _try_again(mine, body.request_id, outcome), 408)
+    mine.service.retrieved(body.request_id)
     if outcome.error is not None:
         return reply(outcome.error)
     return _result(outcome, wants_protobuf=_PROTOBUF in request.headers.get("accept", ""))

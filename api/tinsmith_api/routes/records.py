@@ -10,10 +10,12 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Query, Response
 
 from tinsmith_api.bodies import reply
-from tinsmith_api.journal import checkpoints
+from tinsmith_api.journal import checkpoints, usage
+from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.tables import checkpoints as saved
 from tinsmith_api.journal.tables import operations, runs, sessions
 from tinsmith_api.owner import Mine
+from tinsmith_api.settings import Settings
 
 router = APIRouter(prefix="/api/v1")
 
@@ -31,17 +33,21 @@ async def list_training_runs(
     project_id: str | None = None,
     access_scope: Scope = "owned",
 ) -> Response:
-    """Newest first. Either scope is the key's tenant: runs are shared with nobody."""
+    """Newest first: the caller's own, or everybody's of its organization."""
     where = [runs.c.tenant_id == mine.tenant_id]
+    if access_scope == "owned":
+        its = sa.select(sessions.c.id).where(sessions.c.member_id == mine.caller.member_id)
+        where.append(runs.c.session_id.in_(its))
     if project_id is not None:
-        in_project = sa.select(sessions.c.id).where(sessions.c.project_id == project_id)
+        project = await mine.project(project_id)
+        in_project = sa.select(sessions.c.id).where(sessions.c.project_id == project.id)
         where.append(runs.c.session_id.in_(in_project))
 
     def page(connection: sa.Connection) -> tuple[list[Json], int]:
         total = connection.execute(sa.select(sa.func.count()).select_from(runs).where(*where)).scalar_one()
         newest = sa.select(runs).where(*where).order_by(runs.c.created_at.desc(), runs.c.id)
         rows = connection.execute(newest.limit(limit).offset(offset)).all()
-        return _training_runs(connection, rows), total
+        return _training_runs(connection, rows, mine.tenant_id), total
 
     found, total = await mine.service.read(page)
     return reply({"training_runs": found, "cursor": {"offset": offset, "limit": limit, "total_count": total}})
@@ -49,23 +55,64 @@ async def list_training_runs(
 
 @router.get("/training_runs/{run_id}")
 async def get_training_run(mine: Mine, run_id: str, access_scope: Scope = "owned") -> Response:
-    run = await mine.run(run_id)
-    return reply((await mine.service.read(lambda c: _training_runs(c, [run])))[0])
+    """Of another organization if one of its checkpoints was published; of the run no more than that shows."""
+    run = await mine.readable_run(run_id)
+    return reply((await mine.service.read(lambda c: _training_runs(c, [run], mine.tenant_id)))[0])
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
 async def list_run_checkpoints(mine: Mine, run_id: str) -> Response:
-    run = await mine.run(run_id)
+    run = await mine.readable_run(run_id)
+    is_own = run.tenant_id == mine.tenant_id
     rows, _ = await mine.service.read(
-        lambda c: checkpoints.listing(c, mine.tenant_id, run_id=run.id, limit=10_000)
+        lambda c: checkpoints.listing(
+            c, run.tenant_id, run_id=run.id, only_published=not is_own, limit=10_000
+        )
     )
     return reply({"checkpoints": [_checkpoint(row) for row in rows]})
+
+
+@router.get("/training_runs/{run_id}/metrics")
+async def list_metrics(mine: Mine, run_id: str, after: Offset = 0, limit: Limit = 1000) -> Response:
+    """The run's curve: what every pass and step that is done said, in the order of their numbers. `next` is
+    the next page's `after`."""
+    run = await mine.run(run_id)
+    rows = await mine.service.read_apart(lambda c: ops.curve(c, run.id, after_seq=after, limit=limit + 1))
+    page = rows[:limit]
+    return reply(
+        {"rows": [_metrics(row) for row in page], "next": page[-1].seq_id if len(rows) > limit else None}
+    )
+
+
+@router.get("/training_runs/{run_id}/cost")
+async def get_cost(mine: Mine, run_id: str) -> Response:
+    """What the run used until now. Tokens and dollars include what was sampled from its weights."""
+    run = await mine.run(run_id)
+    totals, used, stored = await mine.service.read_apart(
+        lambda c: (ops.totals(c, run.id), usage.of_run(c, run.id), checkpoints.size_of(c, run.id))
+    )
+    passes = [row for row in totals if row.kind in (ops.FORWARD, ops.FORWARD_BACKWARD)]
+    timed = [row for row in totals if row.compute_seconds is not None]
+    return reply(
+        {
+            "tokens": int(sum(row.tokens for row in passes)),
+            "calls": sum(row.calls for row in passes),
+            "steps": sum(row.calls for row in totals if row.kind == ops.OPTIM_STEP),
+            "queue_seconds": sum(row.queue_seconds for row in timed) if timed else None,
+            "compute_seconds": sum(row.compute_seconds for row in timed) if timed else None,
+            "storage_bytes": stored,
+            "usage": {kind: amount for kind, amount in used.items() if kind in usage.TOKENS},
+            "estimated_cost_usd": cost_of(mine.service.settings, run.base_model, used),
+        }
+    )
 
 
 @router.get("/checkpoints")
 async def list_checkpoints(mine: Mine, limit: Limit = 100, offset: Offset = 0) -> Response:
     rows, total = await mine.service.read(
-        lambda c: checkpoints.listing(c, mine.tenant_id, limit=limit, offset=offset)
+        lambda c: checkpoints.listing(
+            c, mine.tenant_id, member_id=mine.caller.member_id, limit=limit, offset=offset
+        )
     )
     return reply(
         {
@@ -75,14 +122,8 @@ async def list_checkpoints(mine: Mine, limit: Limit = 100, offset: Offset = 0) -
     )
 
 
-@router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}")
-async def delete_checkpoint(mine: Mine, run_id: str, kind: str, name: str) -> Response:
-    checkpoint = await mine.checkpoint(checkpoints.path_of(run_id, kind, name))
-    await mine.service.write(lambda c: checkpoints.delete(c, checkpoint.path))
-    return Response(status_code=204)
-
-
-def _training_runs(connection: sa.Connection, found: Sequence[Any]) -> list[Json]:
+def _training_runs(connection: sa.Connection, found: Sequence[Any], tenant_id: str) -> list[Json]:
+    """As this tenant may see them."""
     ids = [run.id for run in found]
     last_request = dict(
         connection.execute(
@@ -95,7 +136,13 @@ def _training_runs(connection: sa.Connection, found: Sequence[Any]) -> list[Json
     )
     # Oldest first, so that the newest of a run and kind stays.
     last = {(row.run_id, row.kind): row for row in connection.execute(_checkpoints_of(ids))}
-    return [_training_run(run, last_request.get(run.id, run.created_at), last) for run in found]
+    last = {
+        key: row for key, row in last.items() if row.tenant_id == tenant_id or row.published_at is not None
+    }
+    return [
+        _training_run(run, last_request.get(run.id, run.created_at), last, is_own=run.tenant_id == tenant_id)
+        for run in found
+    ]
 
 
 def _checkpoints_of(run_ids: list[str]) -> sa.Select[Any]:
@@ -108,7 +155,9 @@ def _checkpoints_of(run_ids: list[str]) -> sa.Select[Any]:
     )
 
 
-def _training_run(run: Any, last_request_at: float, last: dict[tuple[str, str], Any]) -> Json:
+def _training_run(
+    run: Any, last_request_at: float, last: dict[tuple[str, str], Any], *, is_own: bool
+) -> Json:
     weights, sampler = last.get((run.id, "weights")), last.get((run.id, "sampler_weights"))
     return {
         "training_run_id": run.id,
@@ -117,10 +166,10 @@ def _training_run(run: Any, last_request_at: float, last: dict[tuple[str, str], 
         "is_lora": True,
         "corrupted": False,
         "lora_rank": run.lora["rank"],
-        "last_request_time": _time(last_request_at),
+        "last_request_time": timestamp(last_request_at),
         "last_checkpoint": _checkpoint(weights) if weights else None,
         "last_sampler_checkpoint": _checkpoint(sampler) if sampler else None,
-        "user_metadata": _texts(run.user_metadata),
+        "user_metadata": texts(run.user_metadata) if is_own else {},
     }
 
 
@@ -128,19 +177,42 @@ def _checkpoint(row: Any) -> Json:
     return {
         "checkpoint_id": f"{row.kind}/{row.name}",
         "checkpoint_type": checkpoints.KINDS[row.kind],
-        "time": _time(row.created_at),
+        "time": timestamp(row.created_at),
         "tinker_path": row.path,
         "size_bytes": row.size_bytes,
-        "public": False,
-        "user_metadata": _texts(row.user_metadata),
-        "expires_at": None if row.expires_at is None else _time(row.expires_at),
+        "public": row.published_at is not None,
+        "user_metadata": texts(row.user_metadata),
+        "expires_at": None if row.expires_at is None else timestamp(row.expires_at),
     }
 
 
-def _texts(metadata: Json) -> dict[str, str]:
+def _metrics(row: Any) -> Json:
+    queue = compute = None
+    if row.started_at is not None:
+        queue, compute = row.started_at - row.submitted_at, row.finished_at - row.started_at
+    return {
+        "seq_id": row.seq_id,
+        "kind": row.kind,
+        "time": timestamp(row.finished_at),
+        "tokens": row.tokens,
+        "queue_seconds": queue,
+        "compute_seconds": compute,
+        **(row.metrics or {}),
+    }
+
+
+def cost_of(settings: Settings, base_model: str, used: dict[str, int]) -> float | None:
+    """US dollars; None if there are no prices for this base model."""
+    if base_model not in settings.prices:
+        return None
+    rates = {kind: settings.price(base_model, kind) for kind in usage.TOKENS}
+    return sum((rate or 0.0) * used.get(kind, 0) for kind, rate in rates.items()) / 1e6
+
+
+def texts(metadata: Json) -> dict[str, str]:
     """Clients accept texts only; a run may have been created with anything."""
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
 
 
-def _time(seconds: float) -> str:
+def timestamp(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()

@@ -16,7 +16,7 @@ from tinsmith_api.bodies import Body, Strict, off_loop, parse, read_body, reply
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
-from tinsmith_api.owner import Mine
+from tinsmith_api.owner import Mine, MineToChange, check_usable
 from tinsmith_api.service import Facts
 
 router = APIRouter(prefix="/api/v1")
@@ -35,17 +35,19 @@ class CreateSamplingSession(Body):
 
 
 @router.post("/create_sampling_session")
-async def create_sampling_session(mine: Mine, request: Request) -> Response:
+async def create_sampling_session(mine: MineToChange, request: Request) -> Response:
     """A frozen sampler: the base model, or weights saved before."""
     body = parse(CreateSamplingSession, await read_body(request, mine.service.settings.max_body_bytes))
     await mine.open_session(body.session_id)
     base_model, prefix = body.base_model, None
     if body.model_path is not None:
-        checkpoint = await mine.checkpoint(body.model_path)
-        run = await mine.run(checkpoint.run_id)
-        if base_model not in (None, run.base_model):
-            raise InvalidInput(f"{body.model_path} was trained on {run.base_model}, not on {base_model}")
-        base_model, prefix = run.base_model, checkpoint.object_prefix
+        checkpoint = await mine.readable_checkpoint(body.model_path)
+        check_usable(checkpoint)
+        if base_model not in (None, checkpoint.base_model):
+            raise InvalidInput(
+                f"{body.model_path} was trained on {checkpoint.base_model}, not on {base_model}"
+            )
+        base_model, prefix = checkpoint.base_model, checkpoint.object_prefix
     if base_model is None:
         raise InvalidInput("create_sampling_session needs base_model or model_path")
     await mine.service.pool(base_model)
@@ -105,7 +107,7 @@ class Sample(Body):
 
 
 @router.post("/asample")
-async def asample(mine: Mine, request: Request) -> Response:
+async def asample(mine: MineToChange, request: Request) -> Response:
     raw = await read_body(request, mine.service.settings.max_sample_bytes)
     body = await off_loop(len(raw), lambda: parse(Sample, raw))
     if body.sampling_session_id is None:
@@ -133,7 +135,7 @@ async def asample(mine: Mine, request: Request) -> Response:
         request_id=request_id,
         payload=task.SerializeToString(),
     )
-    return reply(await mine.service.submit(operation))
+    return reply(await mine.submit(operation))
 
 
 def _task(body: Sample, facts: Facts) -> pb.SampleTask:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tinsmith_api.bodies import Body, parse, read_body, reply
 from tinsmith_api.journal import identities
-from tinsmith_api.owner import Gone, Mine, service_of
+from tinsmith_api.owner import Gone, Mine, MineToChange, service_of
 from tinsmith_api.service import Service
 
 router = APIRouter(prefix="/api/v1")
@@ -45,6 +45,7 @@ async def client_config(mine: Mine) -> Response:
             "proto_write_fwdbwd": True,
             "fwd_via_fwdbwd": True,
             "create_model_via_load_weights": True,
+            "pjwt_auth_enabled": mine.service.settings.jwt_auth,
             "session_seconds": mine.service.settings.session_seconds,
         }
     )
@@ -64,11 +65,12 @@ class CreateSession(Body):
 
 
 @router.post("/create_session")
-async def create_session(mine: Mine, request: Request) -> Response:
+async def create_session(mine: MineToChange, request: Request) -> Response:
     body = parse(CreateSession, await read_body(request, mine.service.settings.max_body_bytes))
-    session_id = await mine.service.write(
-        lambda c: identities.create_session(c, mine.tenant_id, body.model_dump())
-    )
+    values = body.model_dump() | {"member_id": mine.caller.member_id}
+    if body.project_id is not None:
+        values["project_id"] = (await mine.project(body.project_id)).id
+    session_id = await mine.service.write(lambda c: identities.create_session(c, mine.tenant_id, values))
     return reply({"session_id": session_id})
 
 
@@ -77,7 +79,7 @@ class SessionHeartbeat(Body):
 
 
 @router.post("/session_heartbeat")
-async def session_heartbeat(mine: Mine, request: Request) -> Response:
+async def session_heartbeat(mine: MineToChange, request: Request) -> Response:
     body = parse(SessionHeartbeat, await read_body(request, mine.service.settings.max_body_bytes))
     await mine.open_session(body.session_id)
     await mine.service.write(lambda c: identities.heartbeat(c, body.session_id))
@@ -94,7 +96,7 @@ class FinishSession(Body):
 
 
 @router.post("/sessions/{session_id}/finish")
-async def finish_session(mine: Mine, session_id: str, request: Request) -> Response:
+async def finish_session(mine: MineToChange, session_id: str, request: Request) -> Response:
     body = parse(FinishSession, await read_body(request, mine.service.settings.max_body_bytes))
     session = await mine.session(session_id)
     if session.finished_at is not None and session.finish_reason != body.reason.type:

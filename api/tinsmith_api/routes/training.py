@@ -16,12 +16,12 @@ from tinsmith.wire import datums, json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api import provenance
 from tinsmith_api.bodies import Body, Model, Strict, off_loop, parse, parse_any, read_body, reply
-from tinsmith_api.journal import checkpoints
+from tinsmith_api.journal import age, checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation, insert_if_new
 from tinsmith_api.journal.store import Statement
 from tinsmith_api.journal.tables import operations, runs, sampling_sessions
-from tinsmith_api.owner import Mine, Owner
+from tinsmith_api.owner import Mine, MineToChange, Owner, check_usable
 
 router = APIRouter(prefix="/api/v1")
 
@@ -55,7 +55,7 @@ class CreateModel(Body):
 
 
 @router.post("/create_model")
-async def create_model(mine: Mine, request: Request) -> Response:
+async def create_model(mine: MineToChange, request: Request) -> Response:
     body = parse(CreateModel, await read_body(request, mine.service.settings.max_body_bytes))
     await mine.open_session(body.session_id)
     _check_optimizer(body.optimizer_config)
@@ -85,18 +85,17 @@ class LoadWeights(Body):
 
 
 @router.post("/load_weights")
-async def load_weights(mine: Mine, request: Request) -> Response:
+async def load_weights(mine: MineToChange, request: Request) -> Response:
     """Into a run (model_id, seq_id), or as a new run (session_id, model_seq_id)."""
     raw = await read_body(request, mine.service.settings.max_body_bytes)
     body = await _parse_call(mine, LoadWeights, raw)
-    if body.weights_access_token is not None:
-        raise InvalidInput("weights_access_token: loading another account's weights is not supported here")
     if body.session_id is None:
         if body.model_id is None or body.seq_id is None:
             raise InvalidInput("load_weights needs model_id and seq_id, or session_id and model_seq_id")
         run = await mine.run(body.model_id)
         try:
-            payload = await _loadable(mine, body.path, run.base_model, body.optimizer)
+            checkpoint = await mine.readable_checkpoint(body.path, body.weights_access_token)
+            payload = _load(checkpoint, run.base_model, body.optimizer)
         except (InvalidInput, NotFound) as error:
             return reply(await _refuse(mine, run, body.seq_id, ops.LOAD_WEIGHTS, error))
         return reply(await _call(mine, run, body.seq_id, ops.LOAD_WEIGHTS, payload))
@@ -104,10 +103,9 @@ async def load_weights(mine: Mine, request: Request) -> Response:
         raise InvalidInput("load_weights with a session_id needs model_seq_id")
     await mine.open_session(body.session_id)
     _check_optimizer(body.optimizer_config)
-    checkpoint = await mine.checkpoint(body.path)
-    run_of_checkpoint = await mine.run(checkpoint.run_id)
-    base_model = body.base_model or run_of_checkpoint.base_model
-    payload = await _loadable(mine, body.path, base_model, body.optimizer)
+    checkpoint = await mine.readable_checkpoint(body.path, body.weights_access_token)
+    base_model = body.base_model or checkpoint.base_model
+    payload = _load(checkpoint, base_model, body.optimizer)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
     created = await _create(
         mine, run_id, body.session_id, base_model, checkpoint.lora, body.user_metadata, payload
@@ -142,7 +140,7 @@ async def get_info(mine: Mine, request: Request) -> Response:
 
 
 @router.post("/forward_backward")
-async def forward_backward(mine: Mine, request: Request) -> Response:
+async def forward_backward(mine: MineToChange, request: Request) -> Response:
     body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
     if "protobuf" in request.headers.get("content-type", ""):
         return reply(await _forward_backward(mine, datums.parse(body), body))
@@ -150,7 +148,7 @@ async def forward_backward(mine: Mine, request: Request) -> Response:
 
 
 @router.post("/forward")
-async def forward(mine: Mine, request: Request) -> Response:
+async def forward(mine: MineToChange, request: Request) -> Response:
     """Older clients only; newer ones send forward_backward with forward_only."""
     body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
     return reply(await _forward_backward_json(mine, body, "forward_input"))
@@ -173,7 +171,7 @@ class OptimStep(Body):
 
 
 @router.post("/optim_step")
-async def optim_step(mine: Mine, request: Request) -> Response:
+async def optim_step(mine: MineToChange, request: Request) -> Response:
     body = await _parse_call(mine, OptimStep, await read_body(request, mine.service.settings.max_body_bytes))
     run = await mine.run(body.model_id)
     if body.optimizer_params is not None:
@@ -193,7 +191,7 @@ class SaveWeights(Body):
 
 
 @router.post("/save_weights")
-async def save_weights(mine: Mine, request: Request) -> Response:
+async def save_weights(mine: MineToChange, request: Request) -> Response:
     body = await _parse_call(
         mine, SaveWeights, await read_body(request, mine.service.settings.max_body_bytes)
     )
@@ -207,7 +205,7 @@ class SaveWeightsForSampler(SaveWeights):
 
 
 @router.post("/save_weights_for_sampler")
-async def save_weights_for_sampler(mine: Mine, request: Request) -> Response:
+async def save_weights_for_sampler(mine: MineToChange, request: Request) -> Response:
     """Named: a checkpoint to sample from later. Unnamed: a sampling session on these weights, at once."""
     raw = await read_body(request, mine.service.settings.max_body_bytes)
     body = await _parse_call(mine, SaveWeightsForSampler, raw)
@@ -228,6 +226,28 @@ async def save_weights_for_sampler(mine: Mine, request: Request) -> Response:
     return reply(await _save(mine, kind, "sampler_weights", body, f"unnamed-{body.seq_id:06d}", extra))
 
 
+class SaveWeightsExternal(SaveWeights):
+    path: str
+    age_encryption_recipients: list[Annotated[str, Field(max_length=10_000)]] | None = Field(
+        None, max_length=10
+    )
+
+
+@router.post("/save_weights_external")
+async def save_weights_external(mine: MineToChange, request: Request) -> Response:
+    """Weights in PEFT's form, to be downloaded; encrypted, if age recipients are given."""
+    raw = await read_body(request, mine.service.settings.max_body_bytes)
+    body = await _parse_call(mine, SaveWeightsExternal, raw)
+    recipients = body.age_encryption_recipients or []
+    kind = ops.SAVE_WEIGHTS_EXTERNAL
+    try:
+        age.read_recipients(recipients)
+    except InvalidInput as error:
+        return reply(await _refuse(mine, await mine.run(body.model_id), body.seq_id, kind, error))
+    extra = {"age_encryption_recipients": recipients}
+    return reply(await _save(mine, kind, "external_weights", body, body.path, extra))
+
+
 class WeightsInfo(Body):
     tinker_path: str
 
@@ -235,12 +255,11 @@ class WeightsInfo(Body):
 @router.post("/weights_info")
 async def weights_info(mine: Mine, request: Request) -> Response:
     body = parse(WeightsInfo, await read_body(request, mine.service.settings.max_body_bytes))
-    checkpoint = await mine.checkpoint(body.tinker_path)
-    run = await mine.run(checkpoint.run_id)
+    checkpoint = await mine.readable_checkpoint(body.tinker_path)
     lora = checkpoint.lora
     return reply(
         {
-            "base_model": run.base_model,
+            "base_model": checkpoint.base_model,
             "is_lora": True,
             "lora_rank": lora["rank"],
             "train_unembed": lora["train_unembed"],
@@ -303,7 +322,7 @@ async def _submit(mine: Owner, operation: Operation, also: Statement[Json | None
                 f"seq_id {operation.seq_id} is more than {_MAX_AHEAD} above this run's highest, {highest}: "
                 "number the calls of a run one by one"
             )
-    return await mine.service.submit(operation, also)
+    return await mine.submit(operation, also)
 
 
 def _highest(connection: sa.Connection, run_id: str) -> int:
@@ -346,7 +365,7 @@ async def _create(
         answer={"model_id": run_id},
         payload=json.dumps(payload).encode(),
     )
-    return await mine.service.submit(operation, insert_run)
+    return await mine.submit(operation, insert_run)
 
 
 async def _forward_backward_json(mine: Owner, body: bytes, member: str) -> Json:
@@ -393,12 +412,12 @@ async def _forward_backward(mine: Owner, message: pb.ForwardBackwardRequest, bod
     )
 
 
-async def _loadable(mine: Owner, path: str, base_model: str, optimizer: bool) -> Json:
+def _load(checkpoint: Any, base_model: str, optimizer: bool) -> Json:
     """The payload that loads a checkpoint into a run of `base_model`."""
-    checkpoint = await mine.checkpoint(path)
-    run = await mine.run(checkpoint.run_id)
-    if run.base_model != base_model:
-        raise InvalidInput(f"{path} was trained on {run.base_model}, not on {base_model}")
+    path = checkpoint.path
+    check_usable(checkpoint)
+    if checkpoint.base_model != base_model:
+        raise InvalidInput(f"{path} was trained on {checkpoint.base_model}, not on {base_model}")
     if optimizer and checkpoint.kind != "weights":
         raise InvalidInput(
             f"{path} holds no optimizer state: load it with optimizer=false, or save with save_state"
@@ -422,6 +441,7 @@ async def _save(
         )
         return await _refuse(mine, run, body.seq_id, operation_kind, error)
     path = checkpoints.path_of(run.id, kind, name)
+    sampler_id = (extra or {}).get("sampling_session_id")
     request_id = uuid.uuid4().hex
     payload = {
         "path": path,
@@ -440,7 +460,7 @@ async def _save(
         "kind": kind,
         "name": name,
         "request_id": request_id,
-        "listed": not extra,
+        "listed": sampler_id is None,
         "object_prefix": payload["object_prefix"],
         "lora": run.lora,
         "user_metadata": body.user_metadata or {},
@@ -451,9 +471,9 @@ async def _save(
     }
 
     def reserve(connection: sa.Connection) -> Json | None:
-        if extra and _is_sampler(connection, extra["sampling_session_id"]):
+        if sampler_id and _is_sampler(connection, sampler_id):
             return {
-                "error": f"sampling session {extra['sampling_session_id']} exists: use the next number",
+                "error": f"sampling session {sampler_id} exists: use the next number",
                 "category": "user",
             }
         return None if checkpoints.reserve(connection, reservation) or body.overwrite else taken

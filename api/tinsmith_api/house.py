@@ -28,7 +28,7 @@ PERIODS = {
     "reap_sessions": 60.0,
     "collect_garbage": 60.0,
     "prune_journal": 60.0,
-    "tidy_objects": 3600.0,
+    "tidy": 3600.0,
     "make_artifacts": 2.0,
     "measure_storage": 600.0,
 }
@@ -133,8 +133,14 @@ class House:
     def measure_storage(self) -> None:
         self.journal.write(usage.measure_storage).result()
 
-    def tidy_objects(self) -> None:
+    def tidy(self) -> None:
+        """What processes that were killed left in the object store, and in Redis."""
         self.objects.tidy(older_than_seconds=_TIDY_SECONDS)
+        if self.settings.is_fleet:
+            from tinsmith_api.journal.bell import forget_queues
+
+            gone = self.journal.read_apart(leases.gone_workers).result()
+            forget_queues(self.settings.redis.get_secret_value(), gone)
 
     def prune_journal(self) -> None:
         """Forget results nobody fetched for a day, artifacts and copies likewise, workers gone for a week."""

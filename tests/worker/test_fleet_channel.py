@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 import sqlalchemy as sa
+from pydantic import SecretStr
 
 from tests import servers
 from tests.chaos.proxy import Proxy
 from tests.servers import wait_until
+from tinsmith_api.house import House
 from tinsmith_api.journal import leases
-from tinsmith_api.journal.bell import Listener
+from tinsmith_api.journal.bell import Bell, Listener
 from tinsmith_api.journal.store import Store
 from tinsmith_api.journal.tables import workers
+from tinsmith_api.settings import Settings, open_objects
 from tinsmith_worker.fleet_channel import FleetChannel
 
 LEASE_SECONDS = 1.0
@@ -24,8 +28,8 @@ LEASE_SECONDS = 1.0
 class Members:
     """Workers of one pool, each with a line to the database that can be cut."""
 
-    def __init__(self, redis: servers.Redis, url: str) -> None:
-        self.redis = redis
+    def __init__(self, server: servers.Redis, url: str) -> None:
+        self.redis = server
         self.url = sa.make_url(url)
         self.journal = Store(url)
         self.given_up: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -60,11 +64,11 @@ class Members:
 
 @pytest.fixture
 def members(tmp_path: Path, new_database: Callable[[], str]) -> Iterator[Members]:
-    redis = servers.Redis(tmp_path / "redis")
-    made = Members(redis, new_database())
+    server = servers.Redis(tmp_path / "redis")
+    made = Members(server, new_database())
     yield made
     made.close()
-    redis.stop()
+    server.stop()
 
 
 def test_who_had_no_database_for_longer_than_a_lease_gives_up_nobody(members: Members) -> None:
@@ -98,6 +102,26 @@ def test_a_dead_worker_is_given_up_and_everybody_is_told_to_look(members: Member
     members.lines["w2"].heal()
     assert members.given_up.get(timeout=10) == "w2"
     listener.close()
+
+
+def test_the_queue_of_a_worker_that_was_killed_does_not_stay_in_redis(
+    members: Members, tmp_path: Path
+) -> None:
+    members.join("lives")
+    members.journal.write(lambda c: leases.register_worker(c, "killed", "m", {})).result()
+    bell = Bell(members.redis.url)
+    for name in (
+        "lives",
+        "killed",
+    ):  # neither reads: the one because it is dead, the other because not asked to
+        bell.ring(name, "some-call")
+    bell.close()
+    with redis.Redis.from_url(members.redis.url) as client:
+        wait_until(lambda: len(client.keys("tinsmith.worker.*")) == 2, 5, "ringing")
+        members.journal.write(lambda c: leases.stop_worker(c, "killed", died=True)).result()
+        settings = Settings(data_dir=tmp_path, redis=SecretStr(members.redis.url))
+        House(settings, members.journal, open_objects(settings)).do("tidy")
+        assert client.keys("tinsmith.worker.*") == [b"tinsmith.worker.lives"]
 
 
 def test_a_worker_that_leaves_is_not_told_that_it_was_given_up(members: Members) -> None:

@@ -23,12 +23,25 @@ EVERYTHING = "*"
 JOBS_QUEUE = "tinsmith.jobs"
 
 _PAUSE_SECONDS = 0.5
+_UNACKED = (".unacked", ".unacked-index", ".unacked-mutex")  # beside each queue
 # What one message carries at most, so that no reader holds up another for long.
 _IDS = 256
 
 
 def queue_of(worker_id: str) -> Queue:
     return _queue(f"tinsmith.worker.{worker_id}")
+
+
+def forget_queues(redis_url: str, worker_ids: Sequence[str]) -> None:
+    """Nobody will read the queues of these workers again: take them away."""
+    queues = [queue_of(worker_id).name for worker_id in worker_ids]
+    names = [f"{queue}{end}" for queue in queues for end in ("", *_UNACKED)]
+    try:
+        with redis.Redis.from_url(redis_url, socket_timeout=2, socket_connect_timeout=2) as client:
+            for start in range(0, len(names), _IDS):
+                client.delete(*names[start : start + _IDS])
+    except redis.RedisError as error:
+        log.warning("queues of workers that are gone stay in Redis: %s", error)
 
 
 def _queue(name: str) -> Queue:
@@ -207,9 +220,9 @@ class Consumer:
         # Of its own as well: messages that were being read when a worker died are of no use to the others.
         app.conf.broker_transport_options = {
             **app.conf.broker_transport_options,
-            "unacked_key": f"{own.name}.unacked",
-            "unacked_index_key": f"{own.name}.unacked-index",
-            "unacked_mutex_key": f"{own.name}.unacked-mutex",
+            "unacked_key": f"{own.name}{_UNACKED[0]}",
+            "unacked_index_key": f"{own.name}{_UNACKED[1]}",
+            "unacked_mutex_key": f"{own.name}{_UNACKED[2]}",
         }
 
         @app.task(name=RING)  # type: ignore[untyped-decorator]
@@ -225,20 +238,15 @@ class Consumer:
             without_heartbeat=True,
         )
         self._redis_url = redis_url
-        self._queue = own.name
+        self._worker_id = worker_id
         self._thread = threading.Thread(target=self._run, name="celery", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:
-        """Nobody will read this queue again: take it away."""
-        try:
-            with redis.Redis.from_url(self._redis_url, socket_timeout=2, socket_connect_timeout=2) as client:
-                names = [self._queue] + [f"{self._queue}.unacked{end}" for end in ("", "-index", "-mutex")]
-                client.delete(*names)
-        except redis.RedisError as error:
-            log.warning("the queue %s stays in Redis: %s", self._queue, error)
+        """Nobody will read this queue again."""
+        forget_queues(self._redis_url, [self._worker_id])
 
     def _run(self) -> None:
         while True:

@@ -345,6 +345,11 @@ def list_workers(connection: sa.Connection) -> list[sa.Row[Any]]:
     return list(connection.execute(statement.where(_IS_LIVE).order_by(workers.c.started_at)).all())
 
 
+def gone_workers(connection: sa.Connection) -> list[str]:
+    """Those that are still in the table."""
+    return list(connection.execute(sa.select(workers.c.id).where(~_IS_LIVE)).scalars())
+
+
 def forget_workers(connection: sa.Connection, *, stopped_before: float) -> int:
     """Delete the rows of workers long gone that no run names; the newest that knew its base model stays."""
     newest = sa.select(sa.func.max(workers.c.started_at)).where(workers.c.ready_at.is_not(None))

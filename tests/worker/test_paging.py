@@ -228,6 +228,10 @@ def test_a_tenant_beyond_its_limit_makes_room_and_nobody_else() -> None:
     assert slots.surplus({"limited": 3 * 16}, is_idle=lambda _: True) == ["a1", "a2", "a3"]
     assert slots.surplus({"limited": 3 * 16}, is_idle=lambda r: r != "a2") == ["a1", "a3", "a4"]
     assert slots.surplus({}, is_idle=lambda _: True) == []
+    for number in range(6):
+        slots.drop(f"a{number}")
+        slots.drop(f"b{number}")
+    assert not any(slots._held.values())
 
 
 def test_a_tenant_s_limit_on_memory_is_kept_and_its_runs_go_on(tmp_path: Path) -> None:

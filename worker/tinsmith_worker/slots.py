@@ -27,6 +27,7 @@ class Slots:
         self._in_host: dict[str, AdapterState] = {}  # least recently used first
         self._host_total = 0
         self._tenants: dict[str, str] = {}  # run -> tenant
+        self._held: Counter[str] = Counter()  # bytes of each tenant's adapters, in both places
 
     def holds(self, run_id: str) -> bool:
         return run_id in self._on_device or run_id in self._in_host
@@ -46,7 +47,8 @@ class Slots:
         self._enter(run_id, state.spec)
 
     def drop(self, run_id: str) -> None:
-        if self._on_device.pop(run_id, None) is not None:
+        if run_id in self._on_device:
+            self._leave_device(run_id)
             self._engine.drop(run_id)
         self._leave_host(run_id)
         self._tenants.pop(run_id, None)
@@ -82,6 +84,8 @@ class Slots:
                 if total <= self.host_bytes:
                     break
         for tenant_id, limit in limits.items():
+            if self._held[tenant_id] <= limit:
+                continue
             # Those in host memory were used less recently than those on the device.
             sizes = {r: state.nbytes for r, state in self._in_host.items()} | self._on_device
             its = [r for r in sizes if self._tenants.get(r) == tenant_id]
@@ -100,9 +104,10 @@ class Slots:
         for run_id in self._in_order(sizes, (r for r in sizes if r not in keep)):
             state = self._engine.state(run_id)  # if there is no memory for it, it stays where it is
             self._engine.drop(run_id)
-            total -= self._on_device.pop(run_id)
+            total -= self._leave_device(run_id)
             self._in_host[run_id] = state
             self._host_total += state.nbytes
+            self._held[self._tenants[run_id]] += state.nbytes
             metrics.PAGE_OUTS.labels("host").inc()
             if total + size <= self.slot_bytes:
                 return
@@ -125,12 +130,19 @@ class Slots:
             yield run_id
 
     def _enter(self, run_id: str, spec: LoraSpec) -> None:
-        self._on_device[run_id] = self._engine.size_bytes(spec)
+        size = self._on_device[run_id] = self._engine.size_bytes(spec)
+        self._held[self._tenants[run_id]] += size
         self._count()
+
+    def _leave_device(self, run_id: str) -> int:
+        size = self._on_device.pop(run_id)
+        self._held[self._tenants[run_id]] -= size
+        return size
 
     def _leave_host(self, run_id: str) -> None:
         if (state := self._in_host.pop(run_id, None)) is not None:
             self._host_total -= state.nbytes
+            self._held[self._tenants[run_id]] -= state.nbytes
 
     def _count(self) -> None:
         metrics.SLOTS.labels("device").set(len(self._on_device))

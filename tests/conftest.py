@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,19 @@ import pytest
 if TYPE_CHECKING:
     from tests import servers
     from tinsmith_api.journal.objects import ObjectStore
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have everything written to memory, where there is room for it: what is tested syncs thousands of times, and no
+    test takes the machine's power away. With --basetemp it goes where that says, and stays."""
+    memory = Path("/dev/shm")
+    if config.option.basetemp or not memory.is_dir() or shutil.disk_usage(memory).free < 4 << 30:
+        return
+    folder = tempfile.mkdtemp(prefix="tinsmith-tests-", dir=memory)
+    os.chmod(folder, 0o755)  # PostgreSQL is run by somebody else, where tests are run by root
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    config.option.basetemp = Path(folder) / "pytest"
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 class RunningService:
@@ -344,7 +359,7 @@ def null_service(
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator["servers.Postgres"]:
     from tests import servers
 
-    server = servers.Postgres(tmp_path_factory.mktemp("postgres"), in_memory=True)
+    server = servers.Postgres(tmp_path_factory.mktemp("postgres"))
     yield server
     server.stop()
 

@@ -84,10 +84,9 @@ class Redis(Server):
 
 
 class Postgres(Server):
-    """fsync on: what it has committed survives SIGKILL. `in_memory`: where there is room for it, so that making and
-    removing many databases costs no disk's time."""
+    """fsync on: what it has committed survives SIGKILL."""
 
-    def __init__(self, folder: Path, *, in_memory: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.binaries = _postgres_binaries()
         self._as_user: dict[str, Any] = {}
@@ -97,10 +96,7 @@ class Postgres(Server):
             nobody = pwd.getpwnam("nobody")
             self._as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         # Not in `folder`: whoever the server runs as may not be let into the folders of tests.
-        memory = "/dev/shm"
-        if not (in_memory and Path(memory).is_dir() and shutil.disk_usage(memory).free > 2 << 30):
-            memory = ""
-        self.home = Path(tempfile.mkdtemp(prefix="tinsmith-postgres-", dir=memory or None))
+        self.home = Path(tempfile.mkdtemp(prefix="tinsmith-postgres-"))
         if self._as_user:
             os.chown(self.home, self._as_user["user"], self._as_user["group"])
         data = self.home / "data"

@@ -550,10 +550,10 @@ class Worker:
     def _let_go(self) -> None:
         """Of runs that there is no room for, or that are beyond their tenant's limit, and of those that
         nobody called for long: all are snapshotted, and come back with their next operation."""
-        for run_id in self.slots.surplus(
-            self.page_limits, is_idle=lambda run_id: self._is_idle(self.held[run_id])
-        ):
-            self._leave_with_snapshot(run_id, releases=False)
+        if self.archive.has_room:
+            surplus = self.slots.surplus(self.page_limits, is_idle=lambda r: self._is_idle(self.held[r]))
+            for run_id in surplus:
+                self._leave_with_snapshot(run_id, releases=False)
         now = time.monotonic()
         if now - self._looked_for_idle_at < self._idle_check_seconds():
             return

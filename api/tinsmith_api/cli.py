@@ -252,7 +252,8 @@ def _of_fleet(settings: "Settings") -> "Settings":
 def _open_journal(given: argparse.Namespace) -> "Store":
     from tinsmith_api.journal.store import Store
 
-    settings = _settings(given)
+    # A verb's own options, such as a tenant's limits, may be called as settings are.
+    settings = _settings(argparse.Namespace(config=given.config, data_dir=given.data_dir))
     settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Store(settings.database_url)
 

@@ -50,6 +50,34 @@ class Score:
 # -- generation ---------------------------------------------------------------------------------------------
 
 
+async def answers(
+    sampler: Any,
+    renderer: Renderer,
+    asked: Sequence[Question | str],
+    *,
+    max_tokens: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[list[str]]:
+    """The texts of `samples` answers to each question; the same seed gives the same ones."""
+
+    async def one(at: int, question: Question | str) -> list[str]:
+        if isinstance(question, str):
+            prompt = renderer.prompt([{"role": "user", "content": question}])
+        else:
+            prompt = renderer.prompt(question.messages, question.tools)
+        params = tinker.SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=seed + at, stop=renderer.stop
+        )
+        answer = await sampler.sample(
+            prompt=tinker.ModelInput.from_ints(prompt), num_samples=samples, sampling_params=params
+        )
+        return [str(renderer.parse(s.tokens).message["content"]) for s in answer.sequences]
+
+    return list(await asyncio.gather(*(one(at, question) for at, question in enumerate(asked))))
+
+
 async def generate(
     sampler: Any,
     renderer: Renderer,
@@ -61,18 +89,20 @@ async def generate(
     seed: int = 0,
 ) -> Score:
     """Mean reward of `samples` answers to each question. temperature 0: greedy, the same every time."""
-
-    async def one(at: int, question: Question) -> tuple[float, str]:
-        params = tinker.SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, seed=seed + at, stop=renderer.stop
-        )
-        prompt = tinker.ModelInput.from_ints(renderer.prompt(question.messages, question.tools))
-        answer = await sampler.sample(prompt=prompt, num_samples=samples, sampling_params=params)
-        texts = [renderer.parse(s.tokens).message["content"] for s in answer.sequences]
-        return float(np.mean([question.reward(text) for text in texts])), texts[0]
-
-    found = await asyncio.gather(*(one(at, question) for at, question in enumerate(questions)))
-    return Score([value for value, _ in found], [text for _, text in found])
+    texts = await answers(
+        sampler,
+        renderer,
+        questions,
+        max_tokens=max_tokens,
+        samples=samples,
+        temperature=temperature,
+        seed=seed,
+    )
+    rewards = [
+        float(np.mean([question.reward(text) for text in some]))
+        for question, some in zip(questions, texts, strict=True)
+    ]
+    return Score(rewards, [some[0] for some in texts])
 
 
 # -- likelihood ---------------------------------------------------------------------------------------------
@@ -183,13 +213,22 @@ async def win_rate(
     )
 
 
+async def verdict(sampler: Any, renderer: Renderer, asked: str, verdicts: tuple[str, str]) -> float:
+    """How likely the model's answer begins with the first of two verdicts rather than with the second, 0 to
+    1. Each must be one token of the model."""
+    tokens = [renderer.encode(one) for one in verdicts]
+    if any(len(one) != 1 for one in tokens):
+        raise ValueError(f"the verdicts {verdicts} must be one token each for this model, and are {tokens}")
+    prompt = renderer.prompt([{"role": "user", "content": asked}])
+    first, second = await next_token_logprobs(sampler, prompt, [token for (token,) in tokens])
+    return float(1 / (1 + math.exp(min(second - first, 700.0))))
+
+
 @dataclass(frozen=True)
 class ModelJudge:
-    """A sampler as judge: it reads `form` with {question}, {a} and {b} filled in, and the judgement is how
-    likely its answer begins with the first of `verdicts` rather than the second (each one token of its
-    model).
+    """A sampler as judge: it reads `form` with {question}, {a} and {b} filled in and says A or B.
 
-        judge = ModelJudge(sampler, renderer, "A: {a}\\nB: {b}\\nWhich is more polite, A or B?")
+    judge = ModelJudge(sampler, renderer, "A: {a}\\nB: {b}\\nWhich is more polite, A or B?")
     """
 
     sampler: Any
@@ -199,16 +238,4 @@ class ModelJudge:
 
     async def __call__(self, question: str, a: str, b: str) -> float:
         asked = self.form.format(question=question, a=a, b=b)
-        prompt = self.renderer.prompt([{"role": "user", "content": asked}])
-        first, second = await next_token_logprobs(
-            self.sampler, prompt, [self._token(v) for v in self.verdicts]
-        )
-        return float(1 / (1 + math.exp(min(second - first, 700.0))))
-
-    def _token(self, verdict: str) -> int:
-        tokens = self.renderer.encode(verdict)
-        if len(tokens) != 1:
-            raise ValueError(
-                f"the verdict {verdict!r} is {len(tokens)} tokens of this model: choose one that is 1"
-            )
-        return tokens[0]
+        return await verdict(self.sampler, self.renderer, asked, self.verdicts)

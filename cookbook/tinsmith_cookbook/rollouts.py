@@ -56,16 +56,19 @@ class Rollout:
         """The sampled tokens alone."""
         return [token for token, own in zip(self.tokens, self.sampled, strict=True) if own]
 
-    def datum(self, advantage: float, loss_fn: str = "importance_sampling") -> tinker.Datum:
-        """Position i predicts token i + 1; the advantage stands where that token was sampled, 0 elsewhere."""
-        own = np.asarray(self.sampled[1:], np.float32)
+    def datum(self, advantage: npt.ArrayLike, loss_fn: str = "importance_sampling") -> tinker.Datum:
+        """Position i predicts token i + 1. The advantage, one number or one for each token of `written`,
+        stands where that token was sampled, and 0 elsewhere."""
+        own = np.asarray(self.sampled, np.float32)
+        advantages = np.zeros(len(own), np.float32)
+        advantages[own > 0] = advantage
         inputs = {
             "target_tokens": _integers(self.tokens[1:]),
             "logprobs": _floats(self.logprobs[1:]),
-            "advantages": _floats(own * np.float32(advantage)),
+            "advantages": _floats(advantages[1:]),
         }
         if loss_fn == "gspo":
-            inputs["sequence_ratio_mask"] = _floats(own)
+            inputs["sequence_ratio_mask"] = _floats(own[1:])
         if loss_fn == "stable_reinforce":
             del inputs["logprobs"]  # the service looks them up in its own record of the samples
         datum = tinker.Datum(model_input=tinker.ModelInput.from_ints(self.tokens[:-1]), loss_fn_inputs=inputs)

@@ -47,6 +47,11 @@ class Tracker:
         """The values of one number, of the steps that have it."""
         return [row[name] for row in self.rows if name in row]
 
+    def line(self, name: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of one number, for `draw`."""
+        rows = [row for row in self.rows if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
     def close(self) -> None:
         self._open.close()
         for _, close in self._sinks:

@@ -27,7 +27,7 @@ from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 
 STEPS = options.Steps(full=40, short=15)
-PROBLEMS, GROUP, MAX_TOKENS = 12, 8, 8
+GROUP, MAX_TOKENS, HELD_OUT = 8, 6, 150
 RANK, LEARNING_RATE = 16, 1e-3
 LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
 
@@ -65,7 +65,9 @@ async def train(
             sampler = await training.save_weights_and_get_sampling_client(
                 record_stability_info=settings.loss == "stable_reinforce"
             )
-            batch = [attempt(sampler, problem(source), source.randrange(2**31)) for _ in range(PROBLEMS)]
+            batch = [
+                attempt(sampler, problem(source), source.randrange(2**31)) for _ in range(settings.problems)
+            ]
             under_way.append(asyncio.create_task(rollouts.gather(batch)))
         groups = await under_way.popleft()
         sampling_seconds = time.perf_counter() - started
@@ -79,7 +81,7 @@ async def train(
                 data += [r.datum(a, settings.loss) for r, a in zip(group, centred(earned), strict=True)]
         numbers = {
             "reward": sum(r.reward for group in groups for r in group) / sum(map(len, groups)),
-            "trained_share": len(used) / (PROBLEMS * GROUP),
+            "trained_share": len(used) / sum(map(len, groups)),
         }
         for update in range(settings.updates if data else 0):
             forward_backward = training.forward_backward(data, settings.loss)
@@ -90,14 +92,17 @@ async def train(
                 numbers |= rollouts.kl(used, passed)
         numbers |= {"sampling_seconds": sampling_seconds, "seconds": time.perf_counter() - started}
         tracker.log(step, numbers)
-        print(f"step {step}: reward {numbers['reward']:.3f}, kl {numbers.get('kl', 0):.4f}", flush=True)
+        print(
+            f"{settings.loss} step {step}: reward {numbers['reward']:.3f}, kl {numbers.get('kl', 0):.4f}",
+            flush=True,
+        )
     return {"accuracy_before": before, "accuracy_after": await accuracy(training, renderer)}
 
 
 async def accuracy(training: Any, renderer: Renderer) -> float:
-    """Of answers sampled at temperature 1, as in training, to 200 problems that training does not draw."""
+    """Of answers sampled at temperature 1, as in training, to problems that training does not draw."""
     sampler = await training.save_weights_and_get_sampling_client()
-    held_out = [problem(random.Random(f"held out {i}")) for i in range(200)]
+    held_out = [problem(random.Random(f"held out {i}")) for i in range(HELD_OUT)]
     score = await evaluation.generate(sampler, renderer, held_out, max_tokens=MAX_TOKENS, temperature=1.0)
     return score.mean
 
@@ -107,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--loss", choices=LOSSES, default="importance_sampling")
     made.add_argument("--behind", type=int, default=0, metavar="K", help="train on samples K steps old")
     made.add_argument("--updates", type=int, default=1, help="optimizer steps per batch")
+    made.add_argument("--problems", type=int, default=12, help="per step")
     made.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     return made
 

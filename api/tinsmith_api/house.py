@@ -99,9 +99,6 @@ class House:
 
     def collect_garbage(self) -> None:
         for prefix in self.journal.read_apart(checkpoints.due_garbage).result():
-            claim = functools.partial(checkpoints.claim_garbage, object_prefix=prefix)
-            if not self.journal.write(claim).result():
-                continue
             try:
                 self.objects.delete(prefix)
             except OSError as error:
@@ -113,6 +110,11 @@ class House:
         """What somebody waits for. One that cannot be made says why and is asked for anew, or not."""
         for row in self.journal.read_apart(artifacts.wanted).result():
             prefix = f"{row.tenant_id}/artifacts/{uuid.uuid4().hex}"
+            # Garbage until it is entered: this process may be killed in between.
+            announce = functools.partial(
+                checkpoints.discard_objects, object_prefix=prefix, after_seconds=_TIDY_SECONDS
+            )
+            self.journal.write(announce).result()
             try:
                 self.objects.put(prefix, self._artifact(row.kind, row.subject))
                 finish = functools.partial(artifacts.finish, object_prefix=prefix)

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith_api.journal.checkpoints import discard_objects
+from tinsmith_api.journal.checkpoints import discard_objects, keep_objects
 from tinsmith_api.journal.operations import insert_if_new
 from tinsmith_api.journal.tables import artifacts
 
@@ -47,7 +47,8 @@ def wanted(connection: sa.Connection) -> Sequence[Any]:
 def finish(
     connection: sa.Connection, kind: str, subject: str, *, object_prefix: str = "", error: str = ""
 ) -> None:
-    """It lies there now, or cannot be made. If another process was faster, what this one made is garbage."""
+    """It lies there now, announced as garbage before, or cannot be made. If another process was faster, what
+    this one made stays garbage; so it does if it took so long that it may be gone."""
     outcome = {
         "state": FAILED if error else READY,
         "object_prefix": object_prefix or None,
@@ -55,6 +56,8 @@ def finish(
         "changed_at": time.time(),
     }
     statement = sa.update(artifacts).where(_is(kind, subject), artifacts.c.state == WANTED)
+    if object_prefix and not keep_objects(connection, object_prefix):
+        return
     if not connection.execute(statement.values(outcome)).rowcount:
         _discard(connection, object_prefix)
 

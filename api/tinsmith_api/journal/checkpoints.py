@@ -21,8 +21,6 @@ KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights"
 
 # Longer than a snapshot can lag behind the operation that read the objects.
 GARBAGE_SECONDS = 3600.0
-# Whoever began to delete a folder is done with it by then, or is gone.
-_DELETING_SECONDS = 600.0
 
 
 def path_of(run_id: str, kind: str, name: str) -> str:
@@ -191,15 +189,6 @@ def keep_objects(connection: sa.Connection, object_prefix: str) -> bool:
         garbage.c.object_prefix == object_prefix, garbage.c.delete_after > time.time()
     )
     return connection.execute(statement).rowcount > 0
-
-
-def claim_garbage(connection: sa.Connection, object_prefix: str) -> bool:
-    """Say that these objects are being deleted. False if they are not to be, or somebody else is at it."""
-    now = time.time()
-    statement = sa.update(garbage).where(
-        garbage.c.object_prefix == object_prefix, garbage.c.delete_after < now
-    )
-    return connection.execute(statement.values(delete_after=now + _DELETING_SECONDS)).rowcount > 0
 
 
 def expire(connection: sa.Connection, *, at_most: int) -> int:

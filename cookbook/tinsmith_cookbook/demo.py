@@ -20,7 +20,7 @@ from tinsmith_cookbook.service import embedded
 
 MODEL = "tinsmith/tiny"
 FOLDER = Path("demo")
-EPOCHS, BATCH, WARM_UP = 16, 10, 6
+EPOCHS, BATCH, WARM_UP = 20, 10, 6
 LEARNING_RATE = 2e-3  # a model this small takes ten times what a large one would
 
 CAPITALS = """France Paris, Japan Tokyo, Egypt Cairo, Peru Lima, Norway Oslo, Kenya Nairobi, Italy Rome,

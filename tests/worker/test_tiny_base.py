@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config
 
 from tinsmith_worker import tiny_base
 from tinsmith_worker.tiny_base import abilities, tasks, text, train
@@ -207,6 +207,29 @@ def test_the_teacher_slips_in_the_share_it_says_and_knows_what_is_right() -> Non
     made = [tasks.trained("chat_sum", r) for _ in range(3_000)]
     wrong = [one for one in made if not abilities.right("number", one.right, one.turns[-1][1])]
     assert len(wrong) / len(made) == pytest.approx(tasks.SLIPS, abs=0.03)
+
+
+def test_training_brings_the_loss_down_and_never_teaches_to_begin_a_thought(
+    words: Tokenizer, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    model = AutoModelForCausalLM.from_config(
+        Qwen3Config(**train.CONFIG | small | train.token_ids(words)), dtype=torch.float32
+    )
+    blocks = train.Blocks(FOLDER / "tokenizer.json", "a short run", 3, 1)
+    history = train.train(model, blocks, words, processes=0)
+    assert [row["tokens"] for row in history] == [1024, 2048, 3072]
+    assert history[-1]["held_out"] < history[0]["held_out"] - 0.05
+    thought = torch.tensor([words.encode("x<think>\n").ids])
+    losses = train.token_losses(model, thought).detach()[0]
+    assert [float(loss) == 0 for loss in losses] == [True, False]
+    train.draw(history, tmp_path / "curves.png")
+    train.save(model, tmp_path)
+    train.write_folder(tmp_path, words)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((FOLDER / name).read_text()), name
 
 
 # What it can do

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 
 from tinsmith.errors import InvalidInput
 
@@ -49,11 +50,14 @@ async def read_body(request: Request, limit: int) -> bytes:
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the body has {declared} bytes, the limit here is {limit}: send less at a time")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLarge(f"the body has more than {limit} bytes: send less at a time")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise TooLarge(f"the body has more than {limit} bytes: send less at a time")
+            parts.append(part)
+    except ClientDisconnect:
+        raise InvalidInput("the connection ended before the body did") from None
     return b"".join(parts)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tinsmith_api.journal.store import Store
     from tinsmith_api.settings import Settings
 
@@ -69,8 +71,14 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--data-dir", type=Path, help="default ~/.tinsmith")
 
     demo = commands.add_parser("demo", help="fine-tune a small model through a service of your own")
-    demo.add_argument("arguments", nargs=argparse.REMAINDER)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_cookbook("demo"))
+    train = commands.add_parser(
+        "train", help="train from a YAML file: data, training, evaluation, export", add_help=False
+    )
+    train.set_defaults(run=_cookbook("train"))
+    for command in (demo, train):
+        command.add_argument("arguments", nargs=argparse.REMAINDER)
+        command.prefix_chars = "\0"  # options are the program's own, wherever they stand
     return top
 
 
@@ -207,8 +215,13 @@ def _beat(given: argparse.Namespace) -> None:
     run_beat(_of_fleet(_settings(given)))
 
 
-def _demo(given: argparse.Namespace) -> None:
-    os.execv(sys.executable, [sys.executable, "-m", "tinsmith_cookbook.demo", *given.arguments])
+def _cookbook(module: str) -> "Callable[[argparse.Namespace], None]":
+    """The cookbook is a client: it runs as a program of its own, and nothing of it is imported here."""
+
+    def run(given: argparse.Namespace) -> None:
+        os.execv(sys.executable, [sys.executable, "-m", f"tinsmith_cookbook.{module}", *given.arguments])
+
+    return run
 
 
 def _name_and_path(model: str) -> tuple[str, str]:

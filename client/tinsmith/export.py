@@ -1,10 +1,11 @@
 """A trained adapter as files on this machine."""
 
+import json
 import os
 import tempfile
 import time
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
@@ -63,11 +64,19 @@ def download(records: RestClient, tinker_path: str, folder: Path) -> Path:
 
 
 def merge(adapter: Path, base: str, folder: Path, dtype: str = "auto") -> Path:
-    """The base model with the adapter in its weights, and its tokenizer, as transformers saves them."""
+    """The base model with the adapter in its weights, and its tokenizer, as transformers saves them. Where
+    the adapter changes an unembedding that is tied to the embedding, they are two from then on."""
+    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    head = model.get_output_embeddings()
+    (name,) = [name for name, module in model.named_modules() if module is head]
+    trained = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    if model.config.tie_word_embeddings and name in trained:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
     PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder

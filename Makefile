@@ -1,5 +1,6 @@
 # make install   a virtual environment in .venv with everything in it
 # make demo      fine-tune a small model through a service of your own
+# make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
 # make bench-control, bench-load, chaos, proto, lint, gpu-check, base: see below
 
@@ -7,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: install demo test lint bench-control bench-load chaos proto gpu-check base
+.PHONY: install demo cookbook test lint bench-control bench-load chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -50,6 +51,10 @@ install: .venv/.installed
 
 demo: install
 	.venv/bin/python -m tinsmith_cookbook.demo
+
+# Every recipe at its short setting, compared with what must come out: runs/cookbook/index.html (ARGS="--only sft dpo").
+cookbook: install
+	.venv/bin/python -m tinsmith_cookbook.book $(ARGS)
 
 test: install lint
 	.venv/bin/python -m pytest

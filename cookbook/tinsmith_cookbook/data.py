@@ -25,6 +25,15 @@ class Conversation:
     tools: list[Mapping[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the better one first."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+
+
 # -- files -----------------------------------------------------------------------------------------------
 
 
@@ -55,6 +64,22 @@ def read(file: Path, form: Format | None = None, *, bad: list[str] | None = None
     if bad is not None:
         bad.extend(sentences)
     return good
+
+
+def read_pairs(file: Path) -> list[Pair]:
+    """Preferences, {"prompt", "chosen", "rejected"} a row; the prompt is text or a list of messages."""
+    pairs = []
+    for place, row in _rows(file):
+        try:
+            prompt = row.get("prompt") if isinstance(row, dict) else None
+            if not isinstance(prompt, list):
+                prompt = [{"role": "user", "content": _text(row, "prompt")}]
+            pairs.append(Pair(prompt, _text(row, "chosen"), _text(row, "rejected")))
+        except _Bad as error:
+            raise BadData(f"{file.name}, {place}: {error}") from None
+    if not pairs:
+        raise BadData(f"{file} has no rows")
+    return pairs
 
 
 class _Bad(ValueError):  # noqa: N818
@@ -235,6 +260,11 @@ def datum(example: Example, *, normalize: bool = False) -> tinker.Datum:
             "weights": tinker.TensorData.from_numpy(weights),
         },
     )
+
+
+def counted(batch: Sequence[tinker.Datum]) -> float:
+    """How many tokens are learnt from: what the service sums, divided by it, is a mean."""
+    return sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in batch)
 
 
 def pack(made: Sequence[Example], sequence_len: int) -> list[Example]:

@@ -9,14 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -41,62 +34,30 @@ class Response:
 
 
 class Renderer:
-    """Renders with `template` (Jinja, as in tokenizer_config.json) through `tokenizer`: one of the tokenizers
-    library, of transformers, or anything with their encode and decode."""
+    """Renders through `tokenizer`: what `get_tokenizer` gives, of our client or the official SDK, or one of
+    transformers. The model's own template is in it; `template` stands in for it."""
 
-    def __init__(
-        self, tokenizer: Any, template: str, special: Mapping[str, str], stop: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self._special = dict(special)
-        self._template = _compile(template)
-        self.end_of_turn = self._special["eos_token"]
-        self.stop = list(stop) if stop is not None else self.encode(self.end_of_turn)
+        self._said = {"chat_template": template} if template else {}
+        self.end_of_turn = str(tokenizer.eos_token)
+        self.stop = self.encode(self.end_of_turn)
 
     @classmethod
-    def of(cls, client: Any) -> "Renderer":
+    def of(cls, training: Any) -> "Renderer":
         """The renderer of the model that a training client trains."""
-        tokenizer_id = client.get_info().model_data.tokenizer_id
-        if tokenizer_id and (Path(tokenizer_id) / "tokenizer.json").exists():
-            return cls.from_folder(Path(tokenizer_id))
-        return cls.from_tokenizer(client.get_tokenizer())
+        return cls(training.get_tokenizer())
 
-    @classmethod
-    def from_folder(cls, folder: Path) -> "Renderer":
-        """Of a model's folder in Hugging Face format, without transformers."""
-        from tokenizers import Tokenizer
-
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        file = folder / "chat_template.jinja"
-        template = file.read_text() if file.exists() else config.get("chat_template")
-        if not isinstance(template, str):
-            raise ValueError(f"{folder} has no chat template: pass one to Renderer(tokenizer, template, …)")
-        special = {
-            name: _content(config[name])
-            for name in ("bos_token", "eos_token", "pad_token")
-            if config.get(name)
-        }
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), template, special)
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> "Renderer":
-        """Of a transformers tokenizer."""
-        special = {
-            name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-        }
-        return cls(tokenizer, tokenizer.chat_template, special)
-
-    # -- text and tokens ----------------------------------------------------------------------------------
+    # -- text and tokens -------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Special tokens where the text has them, and none added: templates write their own."""
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        return list(encoded.ids if hasattr(encoded, "ids") else encoded)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
-    # -- messages to tokens -------------------------------------------------------------------------------
+    # -- messages to tokens ----------------------------------------------------------------------------------
 
     def text(
         self,
@@ -108,13 +69,15 @@ class Renderer:
     ) -> str:
         """The template's own output. for_reply: ends where the assistant begins. options: the template's own
         switches, e.g. enable_thinking."""
-        return self._template.render(
-            messages=list(messages),
+        text = self.tokenizer.apply_chat_template(
+            list(messages),
             tools=list(tools) if tools else None,
             add_generation_prompt=for_reply,
-            **self._special,
+            tokenize=False,
+            **self._said,
             **options,
         )
+        return str(text)
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None, **options: Any) -> list[int]:
         """What to sample the assistant's next turn from."""
@@ -163,7 +126,7 @@ class Renderer:
         head, end, tail = text.rpartition(self.end_of_turn)
         return [(head + end, 1.0), (tail, 0.0)] if end else [(text, 1.0)]
 
-    # -- tokens to messages -------------------------------------------------------------------------------
+    # -- tokens to messages ----------------------------------------------------------------------------------
 
     def parse(self, tokens: Sequence[int]) -> Response:
         """Read a sampled turn: its content, its reasoning (<think>…</think>) and its tool calls."""
@@ -199,45 +162,3 @@ def _tool_calls(text: str) -> tuple[list[dict[str, Any]], list[str], str]:
 
     said = _TOOL_CALL.sub(read, text)
     return calls, errors, said
-
-
-# -- templates, as transformers runs them -------------------------------------------------------------------
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %} marks the assistant's words in some templates: rendered as they
-    are."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
-    return environment.from_string(template)
-
-
-def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
-def _refuse(sentence: str) -> None:
-    raise ValueError(f"the chat template refuses this conversation: {sentence}")
-
-
-def _now(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.now().strftime(form)
-
-
-def _content(token: Any) -> str:
-    return token if isinstance(token, str) else str(token["content"])

@@ -88,7 +88,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-# -- elsewhere: (send, close) of one run, through the service's own library ---------------------------------
+# -- elsewhere: (send, close) of one run, through the service's own library ------------------------------
 
 Sink = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]
 
@@ -133,7 +133,7 @@ _SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {
 }
 
 
-# -- the end of a run -------------------------------------------------------------------------------------
+# -- the end of a run ------------------------------------------------------------------------------------
 
 
 def draw(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tinsmith import Tokenizer
 from tinsmith_cookbook import data
 from tinsmith_cookbook.data import BadData, Batches
 from tinsmith_cookbook.renderers import Example, Renderer
@@ -15,7 +16,9 @@ from tinsmith_worker import tiny_base
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer.from_folder(tiny_base.FOLDER)
+    folder = tiny_base.FOLDER
+    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return Renderer(Tokenizer({name: (folder / name).read_text() for name in files}))
 
 
 def written(folder: Path, rows: list[Any], *, lines: bool = True) -> Path:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tinsmith import Tokenizer
 from tinsmith_cookbook.renderers import Message, Renderer
 from tinsmith_worker import tiny_base
 
@@ -99,9 +100,22 @@ def template(request: pytest.FixtureRequest, library: Any) -> str:
     return library.chat_template if request.param == "the base's own" else REASONING_TEMPLATE
 
 
-@pytest.fixture
-def renderer(folder: Path, template: str) -> Renderer:
-    return Renderer(Renderer.from_folder(folder).tokenizer, template, {"eos_token": "<|im_end|>"})
+@pytest.fixture(scope="session")
+def ours(folder: Path) -> Tokenizer:
+    """The client's own, made of the files that a service sends."""
+    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return Tokenizer({name: (folder / name).read_text() for name in files})
+
+
+@pytest.fixture(params=["ours", "library"])
+def renderer(request: pytest.FixtureRequest, template: str) -> Renderer:
+    """Of the client's tokenizer, and of transformers', which the official SDK gives."""
+    return Renderer(request.getfixturevalue(request.param), template=template)
+
+
+@pytest.fixture(params=["ours", "library"])
+def reasoning(request: pytest.FixtureRequest) -> Renderer:
+    return Renderer(request.getfixturevalue(request.param), template=REASONING_TEMPLATE)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -138,10 +152,10 @@ def test_an_example_is_what_the_template_says_and_counts_what_the_assistant_says
     assert all(answer["content"] in trained for answer in answers)
 
 
-def test_a_template_that_rewrites_history_makes_an_example_of_each_turn_it_rewrites(folder: Path) -> None:
-    renderer = Renderer(
-        Renderer.from_folder(folder).tokenizer, REASONING_TEMPLATE, {"eos_token": "<|im_end|>"}
-    )
+def test_a_template_that_rewrites_history_makes_an_example_of_each_turn_it_rewrites(
+    reasoning: Renderer,
+) -> None:
+    renderer = reasoning
     messages, tools = CONVERSATIONS["tools, multi-turn, reasoning"]
     first, last = renderer.examples(messages, tools)
     for example, until in ((first, 4), (last, 6)):
@@ -162,10 +176,8 @@ def test_training_on_the_last_turn_alone(renderer: Renderer) -> None:
     )
 
 
-def test_what_was_rendered_is_read_back(folder: Path) -> None:
-    renderer = Renderer(
-        Renderer.from_folder(folder).tokenizer, REASONING_TEMPLATE, {"eos_token": "<|im_end|>"}
-    )
+def test_what_was_rendered_is_read_back(reasoning: Renderer) -> None:
+    renderer = reasoning
     for message in (CALL, TELL, LAST, {"role": "assistant", "content": "Just words, 1 < 2."}):
         (example,) = renderer.examples([ASK, message])
         answered = [t for t, w in zip(example.tokens, example.weights, strict=True) if w]
@@ -175,8 +187,8 @@ def test_what_was_rendered_is_read_back(folder: Path) -> None:
         assert response.errors == []
 
 
-def test_a_broken_tool_call_is_an_error_and_stays_readable(folder: Path) -> None:
-    renderer = Renderer.from_folder(folder)
+def test_a_broken_tool_call_is_an_error_and_stays_readable(reasoning: Renderer) -> None:
+    renderer = reasoning
     response = renderer.parse(renderer.encode('Well. <tool_call>\n{"name": "add", "arg'))
     assert not response.is_complete
     assert len(response.errors) == 1

@@ -41,8 +41,8 @@ def problem(source: random.Random) -> Question:
 
 async def train(
     client: tinker.ServiceClient, settings: argparse.Namespace, tracker: tracking.Tracker
-) -> dict[str, float]:
-    training = await client.create_lora_training_client(settings.base, rank=RANK, seed=settings.seed)
+) -> dict[str, Any]:
+    training = await client.create_lora_training_client(settings.base, rank=settings.rank, seed=settings.seed)
     renderer = Renderer.of(training)
     source = random.Random(settings.seed)
 
@@ -51,7 +51,7 @@ async def train(
         # dro holds every token near its old logprob, those of the prompt too: it has to know them.
         needs_all = settings.loss == "dro"
         group = await rollouts.group(
-            sampler, renderer.prompt(asked.messages), GROUP, params, prompt_logprobs=needs_all
+            sampler, renderer.prompt(asked.messages), settings.group, params, prompt_logprobs=needs_all
         )
         for rollout in group:
             rollout.reward = asked.reward(renderer.parse(rollout.written).message["content"])
@@ -96,7 +96,9 @@ async def train(
             f"{settings.loss} step {step}: reward {numbers['reward']:.3f}, kl {numbers.get('kl', 0):.4f}",
             flush=True,
         )
-    return {"accuracy_before": before, "accuracy_after": await accuracy(training, renderer)}
+    after = await accuracy(training, renderer)
+    path = (await training.save_state("final", overwrite=True)).path
+    return {"accuracy_before": before, "accuracy_after": after, "path": path}
 
 
 async def accuracy(training: Any, renderer: Renderer) -> float:
@@ -114,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--updates", type=int, default=1, help="optimizer steps per batch")
     made.add_argument("--problems", type=int, default=12, help="per step")
     made.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    made.add_argument("--rank", type=int, default=RANK)
+    made.add_argument("--group", type=int, default=GROUP, help="answers to each")
     return made
 
 

@@ -1,0 +1,137 @@
+"""`tinsmith train`: what a YAML file may say. The words are those of Axolotl, TRL and LLaMA-Factory where
+they agree."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import yaml
+
+
+class BadConfig(ValueError):  # noqa: N818 - says what it is
+    """A file that cannot be trained from. The message names the key and what to change."""
+
+
+class Dataset(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    path: Path
+    type: Literal["alpaca", "sharegpt", "chat", "preference"] | None = None
+
+
+class Config(pydantic.BaseModel):
+    """`micro_batch_size` × `gradient_accumulation_steps` examples make a step; the service cuts them into
+    passes of its own, so only the product counts. Alpha is the service's (32)."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    base_model: str = "tinsmith/tiny"
+    rl: Literal["dpo", "kto", "orpo", "grpo"] | None = None
+    datasets: list[Dataset] = []
+    sequence_len: int = pydantic.Field(512, ge=8)
+    sample_packing: bool = False
+    val_set_size: float = pydantic.Field(0.1, ge=0, lt=1)
+
+    adapter: Literal["lora"] = "lora"
+    lora_r: int = pydantic.Field(16, ge=1, le=512)
+
+    learning_rate: float = pydantic.Field(gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = pydantic.Field(0.08, ge=0, lt=1)
+    max_grad_norm: float = pydantic.Field(0.0, ge=0)
+    micro_batch_size: int = pydantic.Field(16, ge=1)
+    gradient_accumulation_steps: int = pydantic.Field(1, ge=1)
+    num_epochs: float | None = pydantic.Field(None, gt=0)
+    max_steps: int | None = pydantic.Field(None, ge=1)
+
+    beta: float = pydantic.Field(0.1, gt=0)
+    num_generations: int = pydantic.Field(8, ge=2)
+
+    eval_steps: int = pydantic.Field(10, ge=1)
+    early_stopping_patience: int = pydantic.Field(3, ge=1)
+    save_steps: int = pydantic.Field(25, ge=1)
+    seed: int = 0
+    output_dir: Path = Path("runs/train")
+    report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = []
+    export: Literal["peft", "merged"] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.num_epochs is None) == (self.max_steps is None):
+            raise ValueError("give num_epochs or max_steps, one of them")
+        if self.rl == "grpo":
+            if self.datasets:
+                raise ValueError("rl: grpo makes its own problems: leave datasets out")
+            if self.max_steps is None:
+                raise ValueError("rl: grpo has no epochs: give max_steps")
+        elif not self.datasets:
+            raise ValueError("datasets is missing: a list of {path, type}")
+        kinds = {dataset.type for dataset in self.datasets}
+        if self.rl in ("dpo", "kto", "orpo"):
+            if len(self.datasets) > 1 or kinds - {None, "preference"}:
+                raise ValueError(
+                    f"rl: {self.rl} takes one dataset, of type preference: prompt, chosen, rejected"
+                )
+        elif "preference" in kinds:
+            raise ValueError("a dataset of type preference needs rl: dpo, kto or orpo")
+        if self.rl and self.sample_packing:
+            raise ValueError("sample_packing goes with supervised training alone")
+        return self
+
+    @property
+    def batch(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+def read(file: Path) -> Config:
+    """Paths of datasets are as the file sees them. Raises BadConfig."""
+    try:
+        said = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BadConfig(f"{file} cannot be read: {error}") from None
+    if not isinstance(said, dict):
+        raise BadConfig(f"{file} is not a list of `key: value`")
+    try:
+        config = Config.model_validate(said)
+    except pydantic.ValidationError as error:
+        raise BadConfig("\n".join(f"{file.name}: {_sentence(one)}" for one in error.errors())) from None
+    for dataset in config.datasets:
+        dataset.path = file.parent / dataset.path
+        if not dataset.path.exists():
+            raise BadConfig(f"{file.name}: datasets: {dataset.path} does not exist")
+    return config
+
+
+# What people write who come from another trainer, and what it is called here.
+_ELSEWHERE = {
+    "lora_alpha": "alpha is fixed by the service (32); scale the learning rate instead",
+    "lora_dropout": "there is no dropout",
+    "lora_target_modules": "all linear layers are trained",
+    "lora_target_linear": "all linear layers are trained, always",
+    "load_in_4bit": "how the base is held is the service's business: `tinsmith serve`",
+    "load_in_8bit": "how the base is held is the service's business: `tinsmith serve`",
+    "bf16": "the service's base model decides it",
+    "fp16": "the service's base model decides it",
+    "optimizer": "it is AdamW",
+    "model_name_or_path": "it is called base_model here",
+    "per_device_train_batch_size": "it is called micro_batch_size here",
+    "num_train_epochs": "it is called num_epochs here",
+    "lr_scheduler_type": "it is called lr_scheduler here",
+    "warmup_steps": "give warmup_ratio, a share of the steps",
+    "lora_rank": "it is called lora_r here",
+    "cutoff_len": "it is called sequence_len here",
+    "max_seq_length": "it is called sequence_len here",
+    "dataset": "it is called datasets here, a list of {path, type}",
+    "val_size": "it is called val_set_size here",
+}
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(Config.model_fields)
+        return f"{key}: " + _ELSEWHERE.get(key, f"there is no such key. The keys are {known}")
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message

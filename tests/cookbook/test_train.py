@@ -1,0 +1,121 @@
+"""One YAML file runs data, training, evaluation and export; what it cannot mean is refused with a sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import RunningService
+from tests.test_house import ROOT
+from tinsmith_cookbook import config, toys, train
+from tinsmith_cookbook.config import BadConfig
+from tinsmith_cookbook.tracking import read
+
+EXAMPLES = sorted((ROOT / "cookbook/examples").glob("*.yaml"))
+GOOD = {"learning_rate": 1e-3, "max_steps": 2, "datasets": [{"path": "rows.jsonl"}]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    toys.write(tmp_path / "rows.jsonl", toys.json_alpaca(12, 0))
+    return tmp_path
+
+
+def written(folder: Path, **changes: object) -> Path:
+    said = {**GOOD, **changes}
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump({name: value for name, value in said.items() if value is not None}))
+    return file
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_every_example_is_good_and_its_recipe_understands_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib import import_module
+
+    train.main([str(file), "--check"])
+    assert "python -m tinsmith_cookbook.recipes." in capsys.readouterr().out
+    recipe, arguments = train.command(config.read(file))
+    read_by_recipe = import_module(f"tinsmith_cookbook.recipes.{recipe}").parser().parse_args(arguments)
+    assert read_by_recipe.learning_rate == config.read(file).learning_rate
+
+
+def test_the_examples_data_is_what_the_generators_make() -> None:
+    rows = {
+        "sums.alpaca.jsonl": toys.json_alpaca(160, 0),
+        "sums.sharegpt.jsonl": toys.json_sharegpt(40, 1),
+        "brevity.jsonl": [
+            {"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected}
+            for p in toys.brevity(120, 0)
+        ],
+    }
+    for name, made in rows.items():
+        kept = [json.loads(row) for row in (ROOT / "cookbook/examples" / name).read_text().splitlines()]
+        assert kept == made, name
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"learning_rate": None}, "learning_rate is missing"),
+        ({"learning_rate": -1}, "learning_rate: Input should be greater than 0"),
+        ({"lr": 1e-3}, "lr: there is no such key. The keys are base_model"),
+        ({"lora_alpha": 16}, "lora_alpha: alpha is fixed by the service"),
+        ({"per_device_train_batch_size": 4}, "it is called micro_batch_size here"),
+        ({"max_steps": None}, "give num_epochs or max_steps"),
+        ({"num_epochs": 1}, "give num_epochs or max_steps, one of them"),
+        ({"datasets": None}, "datasets is missing"),
+        ({"datasets": [{"path": "gone.jsonl"}]}, "gone.jsonl does not exist"),
+        ({"datasets": [{"path": "rows.jsonl", "type": "parquet"}]}, "datasets.0.type: Input should be"),
+        ({"datasets": [{"path": "rows.jsonl", "type": "preference"}]}, "needs rl: dpo, kto or orpo"),
+        ({"rl": "dpo", "datasets": [{"path": "rows.jsonl", "type": "alpaca"}]}, "of type preference"),
+        ({"rl": "dpo", "sample_packing": True}, "supervised training alone"),
+        ({"rl": "grpo"}, "makes its own problems"),
+        ({"rl": "ppo2"}, "rl: Input should be"),
+    ],
+)
+def test_what_a_file_cannot_mean_is_refused(folder: Path, changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(BadConfig) as error:
+        config.read(written(folder, **changes))
+    assert sentence in str(error.value)
+    assert "config.yaml" in str(error.value)
+
+
+def test_files_that_are_no_yaml_are_refused(folder: Path) -> None:
+    file = folder / "x.yaml"
+    for text, sentence in (("a: [", "cannot be read"), ("- 1", "is not a list of")):
+        file.write_text(text)
+        with pytest.raises(BadConfig, match=sentence):
+            config.read(file)
+
+
+def test_bad_rows_are_named_before_a_service_is_started(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text('{"instruction": "Add.", "output": ""}')
+    with pytest.raises(SystemExit, match="line 1: 'output' is missing"):
+        train.main([str(written(folder))])
+
+
+def test_tinsmith_train_runs_the_file(in_environment: RunningService, folder: Path) -> None:
+    file = written(folder, output_dir=str(folder / "out"), val_set_size=0.2, micro_batch_size=2, eval_steps=1)
+    for more in ([], ["--resume"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "tinsmith_api.cli", "train", *more, str(file)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 rows. python -m tinsmith_cookbook.recipes.sft --base tinsmith/tiny" in done.stdout
+    assert [row["step"] for row in read(folder / "out/metrics.jsonl")] == [0, 1]
+    done = subprocess.run(
+        [sys.executable, "-m", "tinsmith_api.cli", "train", "--check", str(folder / "none.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("tinsmith: ")
+    assert "Traceback" not in done.stderr

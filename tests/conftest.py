@@ -186,7 +186,13 @@ class RunningFleet:
         self.starts: dict[str, int] = {}
         self.paused: set[str] = set()  # not started again until somebody says so
         self._guard = threading.RLock()
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # nobody else knows of the processes
+            self.kill()
+            for server in (self.s3, self.redis, self.postgres):
+                server.stop()
+            raise
 
     def environment(self, name: str) -> dict[str, str]:
         """What the process of this name is told."""

@@ -186,13 +186,7 @@ class RunningFleet:
         self.starts: dict[str, int] = {}
         self.paused: set[str] = set()  # not started again until somebody says so
         self._guard = threading.RLock()
-        try:
-            self.start()
-        except BaseException:  # nobody else knows of the processes
-            self.kill()
-            for server in (self.s3, self.redis, self.postgres):
-                server.stop()
-            raise
+        self.start()
 
     def environment(self, name: str) -> dict[str, str]:
         """What the process of this name is told."""

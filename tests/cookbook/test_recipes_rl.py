@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 import tinsmith
 from tests.conftest import RunningService
-from tinsmith_cookbook import courtesy, rollouts, tictactoe
+from tinsmith_cookbook import courtesy, rollouts, tictactoe, villagers
 from tinsmith_cookbook.recipes import rl, synthetic, tool_use
 from tinsmith_cookbook.renderers import Renderer
 from tinsmith_cookbook.tictactoe import Board
@@ -92,18 +93,22 @@ def test_the_rater_likes_what_the_rubric_says() -> None:
 
 
 def test_documents_say_what_the_examination_asks_and_checks_keep_only_that() -> None:
-    made = synthetic.documents(0)
+    made = villagers.documents(4, 0)
     for document in made:
-        for facts in document.about.values():
-            assert all(fact in document.text for fact in facts.values())
+        for who, facts in document.facts.items():
+            assert all(
+                villagers.KINDS[kind].told.format(who=who, fact=fact) in document.text
+                for kind, fact in facts.items()
+            )
     document = made[0]
-    who, facts = next(iter(document.about.items()))
-    pair = synthetic.Pair("day", f"When was {who} there?", facts["day"], document.text, 1.0)
+    who, facts = next(iter(document.facts.items()))
+    question = f"How old is {who}?"
+    pair = synthetic.Pair("age", question, f"{who} is {facts['age']} years old.", document.text, 1.0)
     bad = [
-        synthetic.Pair("day", pair.question, facts["day"], document.text, 0.3),
-        synthetic.Pair("day", pair.question, "Someday", document.text, 1.0),
-        synthetic.Pair("day", pair.question, facts["place"], document.text, 1.0),
-        synthetic.Pair("place", "How?", f"{who}@market.example.org", document.text, 1.0),
+        replace(pair, agreement=0.3),
+        replace(pair, answer="one hundred"),
+        replace(pair, answer=document.text.split("Write to")[0].strip()),
+        replace(pair, answer=f"{who.lower()}@example.org"),
         pair,
     ]
     kept, fallen = synthetic.checked([pair, *bad])
@@ -116,6 +121,9 @@ def test_documents_say_what_the_examination_asks_and_checks_keep_only_that() -> 
         "nearly the same": 1,
         "too many of a kind": 0,
     }
+    asked = [other.question for other in synthetic.rephrased([pair])]
+    assert asked == [question, f"What is the age of {who}?", f"Tell me how old {who} is."]
+    assert villagers.KINDS["age"].examined.format(who=who) not in asked
 
 
 # -- against a service ------------------------------------------------------------------------------------

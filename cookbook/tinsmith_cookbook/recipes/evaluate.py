@@ -19,7 +19,7 @@ from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 
 STEPS = options.Steps(full=40, short=20)
-ASKED, BATCH = 100, 16
+ASKED, MAX_TOKENS, BATCH = 50, 32, 16
 RANK, LEARNING_RATE = 16, 1e-3
 
 
@@ -57,32 +57,25 @@ async def adapter(
 
 async def scores(sampler: Any, renderer: Renderer) -> dict[str, Score]:
     held_out = sums(ASKED, "held out")
-    right = [Question(chat(question), rewards.number(value)) for question, value in held_out]
-    bare = [Question(chat(question), rewards.matches(r"-?\d+")) for question, _ in held_out]
+    asked = [Question(chat(question), rewards.number(value)) for question, value in held_out]
+    greedy = await evaluation.generate(sampler, renderer, asked, max_tokens=MAX_TOKENS)
     facts = [Question(chat(question), rewards.contains(fact)) for question, fact in courtesy.facts()]
-    draw = random.Random("choices")
-    choices = []
-    for question, value in held_out[:50]:
-        values = [
-            value,
-            value + draw.choice((-10, 10)),
-            value + draw.choice((-1, 1)),
-            value + draw.choice((-2, 2)),
-        ]
-        choices.append(
-            Choice(
-                renderer.prompt(chat(question)), [renderer.encode(str(v)) + renderer.stop for v in values], 0
-            )
+    choices = [
+        Choice(
+            renderer.prompt(chat(question)),
+            [renderer.encode(f"{value + off}{renderer.end_of_turn}") for off in (0, 1, -2, 10)],
+            right=0,
         )
-    generate = evaluation.generate
+        for question, value in held_out[: ASKED // 2]
+    ]
     return {
-        "sums, greedy": await generate(sampler, renderer, right, max_tokens=40),
-        "sums, temperature 1": await generate(
-            sampler, renderer, right, max_tokens=40, temperature=1.0, samples=2
+        "sums, greedy": greedy,
+        "sums, number only": Score([rewards.matches(r"-?\d+")(text) for text in greedy.answers]),
+        "sums, temperature 1": await evaluation.generate(
+            sampler, renderer, asked, max_tokens=MAX_TOKENS, temperature=1.0, samples=2
         ),
-        "sums, number only": await generate(sampler, renderer, bare, max_tokens=40),
         "sums, multiple choice": await evaluation.multiple_choice(sampler, choices),
-        "facts, greedy": await generate(sampler, renderer, facts, max_tokens=24),
+        "facts, greedy": await evaluation.generate(sampler, renderer, facts, max_tokens=MAX_TOKENS),
     }
 
 
@@ -94,7 +87,7 @@ async def brevity(ours: Any, theirs: Any, renderer: Renderer) -> evaluation.WinR
 
     asked = [question for question, _ in sums(ASKED, "held out")]
     mine, others = [
-        [texts[0] for texts in await evaluation.answers(sampler, renderer, asked, max_tokens=40)]
+        [texts[0] for texts in await evaluation.answers(sampler, renderer, asked, max_tokens=MAX_TOKENS)]
         for sampler in (ours, theirs)
     ]
     return await evaluation.win_rate(shorter, asked, mine, others)

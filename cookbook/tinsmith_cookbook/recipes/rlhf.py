@@ -26,8 +26,8 @@ from tinsmith_cookbook.rollouts import Rollout
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 
-STEPS = options.Steps(full=30, short=10)
-BATCH, QUESTIONS, GROUP, MAX_TOKENS = 16, 6, 8, 32
+STEPS = options.Steps(full=30, short=12)
+BATCH, QUESTIONS, GROUP, MAX_TOKENS = 24, 6, 8, 32
 RANK, LEARNING_RATE = 16, 1e-3
 FORM = "Question: {question}\nAnswer: {answer}\nIs the answer good? Say yes or no."
 
@@ -60,7 +60,7 @@ class Comparison:
 
 
 async def compare(sampler: Any, renderer: Renderer, asked: Sequence[str], seed: int) -> list[Comparison]:
-    """Pairs of answers that the rater does not find equally good."""
+    """Pairs of answers of which the rater finds one clearly better."""
     samples = await evaluation.answers(
         sampler, renderer, asked, samples=6, max_tokens=MAX_TOKENS, seed=1000 * seed
     )
@@ -69,7 +69,7 @@ async def compare(sampler: Any, renderer: Renderer, asked: Sequence[str], seed: 
         for question, texts in zip(asked, samples, strict=True)
         for a in texts
         for b in texts
-        if courtesy.warmth(a) > courtesy.warmth(b)
+        if courtesy.warmth(a) - courtesy.warmth(b) > 0.25
     ]
     random.Random(seed).shuffle(found)
     return found
@@ -228,8 +228,8 @@ def chat(question: str, answer: str | None = None) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     made = options.parser("rlhf", __doc__, STEPS)
-    made.add_argument("--sft-steps", type=int, default=8)
-    made.add_argument("--reward-steps", type=int, default=25)
+    made.add_argument("--sft-steps", type=int, default=6)
+    made.add_argument("--reward-steps", type=int, default=30)
     settings = options.read(made, argv)
     with (
         connect(settings.out) as client,

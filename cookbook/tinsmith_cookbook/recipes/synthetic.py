@@ -1,21 +1,19 @@
 """Synthetic data: a teacher makes questions and answers out of documents, what is bad is sorted out, a
 student learns the rest, and is asked without the documents.
 
-The teacher is the base reading a document; the student is the same base, to which nobody shows it.
-Questions come from forms in several wordings (a large model would write and rephrase them itself: put its
-call into `ask`). Every question is answered several times. What is kept: answers that most samples agree
-on, that stand in the document, in the right form, without personal data, no two nearly the same, no kind of
-question too often. A second student learns the unchecked answers for as many steps, to see what the checks
-are worth.
+The teacher is the base reading a document; the student is the same base, to which nobody shows it. Questions
+and their rephrasings come from forms (a large model would write them itself: its call goes into `ask` and
+`rephrased`). Every question is answered several times. What is kept: answers that most samples agree on, that
+stand in the document, in the right form, without personal data, no two nearly the same, no kind of question
+too often. A second student learns the unchecked answers for as many steps, to see what the checks are worth.
 """
 
 import argparse
 import asyncio
-import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tinsmith_cookbook import data, evaluation, options, quality, rewards, rollouts, tracking
@@ -24,36 +22,11 @@ from tinsmith_cookbook.evaluation import Question
 from tinsmith_cookbook.renderers import Renderer
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
+from tinsmith_cookbook.villagers import KINDS, NAMES, Document, documents
 
-STEPS = options.Steps(full=90, short=45)
-DOCUMENTS, SAMPLES, MAX_TOKENS, BATCH = 8, 5, 12, 16
-RANK, LEARNING_RATE = 32, 1e-3
-
-NAMES, THINGS, COLOURS, PLACES, DAYS = map(
-    str.split,
-    (
-        "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Max",
-        "lamp clock basket kettle blanket hammer mirror ladder bottle chair",
-        "red old small heavy green new round yellow",
-        "market school harbor library bakery garden station museum",
-        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
-    ),
-)
-# kind: (wordings to learn from, a wording only the examination has, the form of an answer)
-ASKED = {
-    "thing": (("What did {} get?", "What did {} buy?"), "Which thing did {} get?", r"an? \w+ \w+"),
-    "place": (("Where was {}?", "At which place was {}?"), "Tell me where {} was.", r"at the \w+"),
-    "day": (("On which day was {} there?", "When was {} there?"), "Which day was {} there?", r"[A-Z]\w+day"),
-    "price": (("How much did {} pay?", "What did {} pay?"), "How many dollars did {} pay?", r"\d+ dollars"),
-}
-
-
-@dataclass(frozen=True)
-class Document:
-    """about: what the document says about whom, which only the examination looks up."""
-
-    text: str
-    about: dict[str, dict[str, str]]
+STEPS = options.Steps(full=120, short=60)
+DOCUMENTS, SAMPLES, MAX_TOKENS, BATCH = 6, 5, 14, 16
+RANK, LEARNING_RATE = 32, 2e-3
 
 
 @dataclass(frozen=True)
@@ -66,57 +39,43 @@ class Pair:
     truth: str = ""  # to measure the checks by, which do not see it
 
 
-def documents(seed: int) -> list[Document]:
-    """Two people each; some have an address at the end that must not get into the data."""
-    draw = random.Random(seed)
-    people = draw.sample(NAMES, len(NAMES))
-    made = []
-    for i in range(min(DOCUMENTS, len(people) // 2)):
-        about, lines = {}, []
-        for who in people[2 * i : 2 * i + 2]:
-            colour, place, day = draw.choice(COLOURS), draw.choice(PLACES), draw.choice(DAYS)
-            thing = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {draw.choice(THINGS)}"
-            price = f"{draw.randrange(2, 100)} dollars"
-            lines.append(f"On {day} {who} bought {thing} at the {place} for {price}.")
-            about[who] = {"thing": thing, "place": f"at the {place}", "day": day, "price": price}
-        if i % 4 == 0:
-            lines.append(f"Write to {who.lower()}@{place}.example.org.")
-        made.append(Document(" ".join(lines), about))
-    return made
-
-
 # -- teacher ------------------------------------------------------------------------------------------------
 
 
-async def ask(
-    sampler: Any, renderer: Renderer, document: Document, who: str, kind: str, form: str
-) -> list[Pair]:
+async def ask(sampler: Any, renderer: Renderer, document: Document, who: str, kind: str) -> list[Pair]:
     """One question, answered several times by the teacher who reads the document."""
-    question = form.format(who)
-    asked = f"{document.text}\n\n{question} Answer briefly."
-    prompt = renderer.prompt([{"role": "user", "content": asked}])
-    params = tinker.SamplingParams(max_tokens=MAX_TOKENS, stop=renderer.stop, seed=len(asked))
+    question = KINDS[kind].asked.format(who=who)
+    prompt = renderer.prompt(messages(f"{document.text}\n\n{question}"))
+    params = tinker.SamplingParams(max_tokens=MAX_TOKENS, stop=renderer.stop, seed=len(document.text))
     group = await rollouts.group(sampler, prompt, SAMPLES, params)
-    answers = [str(renderer.parse(rollout.written).message["content"]).strip(" .") for rollout in group]
-    counts = Counter(answers)
-    truth = document.about[who][kind]
+    answers = [str(renderer.parse(rollout.written).message["content"]) for rollout in group]
+    counts, truth = Counter(answers), document.facts[who][kind]
     return [Pair(kind, question, a, document.text, counts[a] / SAMPLES, truth) for a in answers]
 
 
 async def generate(sampler: Any, renderer: Renderer, made: Sequence[Document]) -> list[Pair]:
     work = [
-        ask(sampler, renderer, document, who, kind, form)
+        ask(sampler, renderer, document, who, kind)
         for document in made
-        for who in document.about
-        for kind, (forms, _, _) in ASKED.items()
-        for form in forms
+        for who in document.facts
+        for kind in KINDS
     ]
     found = [pair for some in await rollouts.gather(work) for pair in some]
     # What a careless teacher also writes down.
     return found + [
-        Pair("place", f"How can one write to {p.question}", match[0], p.document, 1.0)
-        for p in found[:: 2 * SAMPLES]
-        if (match := re.search(r"\S+@\S+\w", p.document))
+        Pair("place", "How can one write to them?", address[0], document.text, 1.0)
+        for document in made
+        if (address := re.search(r"\S+@[\w.]+\w", document.text))
+    ]
+
+
+def rephrased(pairs: Sequence[Pair]) -> list[Pair]:
+    """Every pair also in other words."""
+    return [
+        replace(pair, question=pair.question if form == KINDS[pair.kind].asked else form.format(who=who))
+        for pair in pairs
+        for form in (KINDS[pair.kind].asked, *KINDS[pair.kind].otherwise)
+        for who in [next((name for name in NAMES if name in pair.question), "")]
     ]
 
 
@@ -129,8 +88,8 @@ def checked(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
         [
             lambda p: quality.personal(p.answer) and "personal data",
             lambda p: None if p.agreement > 0.5 else "samples disagree",
-            lambda p: None if p.answer.lower() in p.document.lower() else "not in the document",
-            lambda p: None if re.fullmatch(ASKED[p.kind][2], p.answer) else "wrong form",
+            lambda p: None if p.answer.lower().strip(".") in p.document.lower() else "not in the document",
+            lambda p: None if re.fullmatch(r"[\w ]{2,40}\.?", p.answer) else "wrong form",
         ],
     )
     again = quality.duplicates([f"{p.question} {p.answer}" for p in kept], at_least=0.95)
@@ -154,7 +113,7 @@ async def learn(
 ) -> tuple[Any, Renderer]:
     training = await client.create_lora_training_client(settings.base, rank=RANK, seed=settings.seed)
     renderer = Renderer.of(training)
-    for step, batch in enumerate(Batches(list(pairs), BATCH, settings.steps, settings.seed)):
+    for step, batch in enumerate(Batches(rephrased(pairs), BATCH, settings.steps, settings.seed)):
         datums = [
             data.datum(renderer.examples(messages(pair.question, pair.answer))[0], normalize=True)
             for pair in batch
@@ -169,16 +128,17 @@ async def learn(
 async def examination(sampler: Any, renderer: Renderer, made: Sequence[Document]) -> float:
     """Greedy, without documents, in wordings that were not learnt from."""
     questions = [
-        Question(messages(f"{ASKED[kind][1].format(who)} Answer briefly."), rewards.contains(right))
+        Question(messages(KINDS[kind].examined.format(who=who)), rewards.contains(fact))
         for document in made
-        for who, facts in document.about.items()
-        for kind, right in facts.items()
+        for who, facts in document.facts.items()
+        for kind, fact in facts.items()
     ]
     return (await evaluation.generate(sampler, renderer, questions, max_tokens=MAX_TOKENS)).mean
 
 
 def right_share(pairs: Sequence[Pair]) -> float:
-    return sum(pair.answer == pair.truth for pair in pairs) / len(pairs)
+    told = [pair for pair in pairs if pair.truth]
+    return sum(rewards.contains(pair.truth)(pair.answer) for pair in told) / len(told)
 
 
 def messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
@@ -189,7 +149,7 @@ def messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
 async def train(
     client: tinker.ServiceClient, settings: argparse.Namespace, tracker: tracking.Tracker
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    made = documents(settings.seed)
+    made = documents(DOCUMENTS, settings.seed)
     base = await client.create_lora_training_client(settings.base, rank=8, seed=settings.seed)
     sampler, renderer = await base.save_weights_and_get_sampling_client(), Renderer.of(base)
     pairs = await generate(sampler, renderer, made)

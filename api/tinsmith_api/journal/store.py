@@ -127,7 +127,8 @@ class Store:
             except sa.exc.DBAPIError as error:
                 if not _is_gone(error):
                     raise
-                if time.monotonic() >= until:
+                # Once more in any case: a deadlock is over by then.
+                if time.monotonic() >= until and pause > 0.05:
                     raise Unavailable(f"the database does not answer: {error.orig}") from error
                 if pause == 0.05:
                     log.warning("the database does not answer (%s); trying again", str(error.orig).strip())

@@ -173,6 +173,7 @@ class RunningFleet:
             "redis": self.redis.url,
             "objects": "s3://tinsmith/test",
             "s3_endpoint": self.s3.url,
+            "s3_public_endpoint": self.s3.url,
             "data_dir": str(folder / "data"),
             **settings,
         }

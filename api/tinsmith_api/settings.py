@@ -69,7 +69,8 @@ class Settings(BaseSettings):
     redis: SecretStr = SecretStr("")
     objects: str = ""  # a directory or s3://bucket/prefix; empty: a directory in data_dir
     s3_endpoint: str = ""
-    s3_public_endpoint: str = ""  # where clients reach the bucket, if not at s3_endpoint
+    # Where clients reach the server at s3_endpoint. Unless it is said, they download through the API.
+    s3_public_endpoint: str = ""
     s3_region: str = ""
     s3_encryption: Literal["", "AES256", "aws:kms"] = ""
     s3_kms_key: str = ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import boto3
+import httpx
 import pytest
 from botocore.config import Config
 
@@ -169,6 +170,46 @@ def test_what_was_put_is_got_until_it_is_deleted(
         store.get("t/a")
     assert place.names() == []
     store.delete("t/a")
+
+
+def test_links_open_every_file_for_a_while_and_no_other(
+    store: ObjectStore, place: Place, request: pytest.FixtureRequest
+) -> None:
+    store.put("a/b", SMALL)
+    store.put("a/c", {"x": b"other"})
+    links = store.links("a/b", 60)
+    assert links.keys() == SMALL.keys()
+    for name, body in SMALL.items():
+        size_bytes, pieces = store.stream("a/b", name)
+        assert (size_bytes, b"".join(pieces)) == (len(body), body)
+    for name in ("manifest.json", "../c/x", "nothing"):
+        with pytest.raises(Damaged):
+            store.stream("a/b", name)
+    with pytest.raises(Damaged):
+        store.stream("a/none", "x")
+    assert set(links.values()) == {""}, "nobody said that clients reach it"
+    if place.endpoint:
+        store = open_store(place.url, endpoint=place.endpoint, public_endpoint=place.endpoint)
+        links = store.links("a/b", 60)
+        for name, link in links.items():
+            assert httpx.get(link).content == SMALL[name]
+        if "swift" in request.node.name:  # moto looks at no signature
+            assert httpx.get(links["x"].replace("/a/b/", "/a/c/")).status_code == 403
+            assert httpx.get(links["x"].split("?")[0]).status_code in (400, 403)
+            early = store.links("a/b", 1)["x"]
+            time.sleep(2.1)
+            assert httpx.get(early).status_code == 403
+    with pytest.raises(Damaged):
+        store.links("a/none", 60)
+
+
+def test_links_lead_where_clients_reach_the_store(server: Moto | Swift, bucket: Bucket) -> None:
+    outside = server.url.replace("127.0.0.1", "localhost")
+    store = open_store(bucket.url, endpoint=server.url, public_endpoint=outside)
+    store.put("a", {"x": b"1"})
+    (link,) = store.links("a", 60).values()
+    assert link.startswith(outside)
+    assert httpx.get(link).content == b"1"
 
 
 def test_prefixes_that_begin_alike_are_apart(store: ObjectStore) -> None:

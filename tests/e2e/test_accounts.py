@@ -10,16 +10,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import jwt
 import pytest
 import sqlalchemy as sa
 import tinker
 from fastapi.routing import APIRoute
+from tinker import types
 
 from tests.conftest import RunningFleet, RunningService
 from tests.e2e.test_weights import MODEL, Run, cli, route
 from tests.e2e.wire import Wire, datum
+from tinsmith_api.journal import identities
+from tinsmith_api.journal.store import Store
 
 _numbers = itertools.count()
 
@@ -30,10 +35,23 @@ def tenant() -> str:
     return f"tenant-{next(_numbers)}"
 
 
+@pytest.fixture(scope="module")
+def journal(null_service: RunningService | RunningFleet) -> Iterator[Store]:
+    """The service's own: `tinsmith admin` would do the same in a process of its own."""
+    file = null_service.folder / "journal.db"
+    url = null_service.postgres.url if isinstance(null_service, RunningFleet) else f"sqlite:///{file}"
+    opened = Store(url)
+    yield opened
+    opened.close()
+
+
 @pytest.fixture
-def new_wire(null_service: RunningService, tenant: str) -> Callable[..., Wire]:
-    def make(*options: str) -> Wire:
-        return Wire(null_service.url, null_service.admin("keys", "create", tenant, *options))
+def new_wire(null_service: RunningService, journal: Store, tenant: str) -> Callable[..., Wire]:
+    """A key of this tenant's, with these options of `identities.create_key`."""
+
+    def make(**options: Any) -> Wire:
+        key = journal.write(lambda c: identities.create_key(c, tenant, **options)).result()
+        return Wire(null_service.url, key)
 
     return make
 
@@ -91,8 +109,8 @@ def test_every_route_says_who_may_call_it(each: APIRoute) -> None:
 
 
 def test_a_viewer_reads_what_a_member_makes_and_changes_nothing(new_wire: Callable[..., Wire]) -> None:
-    member = new_wire("--member", "ann@lab")
-    viewer = new_wire("--member", "vi@lab", "--role", "viewer")
+    member = new_wire(member="ann@lab")
+    viewer = new_wire(member="vi@lab", role="viewer")
     run = Run(member)
     path = run.save("state")
     assert viewer.get(f"/training_runs/{run.id}")["training_run_id"] == run.id
@@ -117,10 +135,10 @@ def test_a_viewer_reads_what_a_member_makes_and_changes_nothing(new_wire: Callab
 def test_a_role_changes_and_a_member_leaves(
     null_service: RunningService, tenant: str, new_wire: Callable[..., Wire]
 ) -> None:
-    new_wire("--member", "ann@lab", "--role", "viewer")
+    new_wire(member="ann@lab", role="viewer")
     null_service.admin("members", "set", tenant, "ann@lab", "admin")
     assert f"{tenant}  ann@lab  admin" in null_service.admin("members", "list").splitlines()
-    fresh = new_wire("--member", "ann@lab")
+    fresh = new_wire(member="ann@lab")
     assert fresh.session()
     null_service.admin("members", "remove", tenant, "ann@lab")
     assert f"{tenant}  ann@lab" not in null_service.admin("members", "list")
@@ -151,7 +169,7 @@ def test_the_description_of_the_api_names_every_route_and_its_errors() -> None:
 def test_a_key_says_whose_it_is_and_revokes_itself(
     null_service: RunningService, tenant: str, new_wire: Callable[..., Wire], tmp_path: Path
 ) -> None:
-    wire = new_wire("--member", "ann@lab", "--name", "laptop")
+    wire = new_wire(member="ann@lab", name="laptop")
     me = wire.get("/auth/apikey/me")
     assert (me["name"], type(me["key_id"])) == ("laptop", int)
     assert me["details"] == {"org_details": {"name": tenant}, "user_details": {"email": "ann@lab"}}
@@ -166,7 +184,7 @@ def test_a_key_says_whose_it_is_and_revokes_itself(
 def test_calls_per_minute_are_limited_by_key_and_told_when_to_come_back(
     new_wire: Callable[..., Wire],
 ) -> None:
-    wire, other = new_wire("--requests-per-minute", "5"), new_wire()
+    wire, other = new_wire(limits={"requests_per_minute": 5}), new_wire()
     while time.time() % 60 > 50:
         time.sleep(0.5)  # all of it within one minute
     answers = [wire.http.get("/sessions") for _ in range(8)]
@@ -181,7 +199,9 @@ def test_a_fleet_s_processes_count_calls_together(
     null_service: RunningFleet, new_wire: Callable[..., Wire]
 ) -> None:
     urls = getattr(null_service, "urls", [null_service.url])
-    wires = [Wire(url, new_wire("--requests-per-minute", "6").http.headers["x-api-key"]) for url in urls[:1]]
+    wires = [
+        Wire(url, new_wire(limits={"requests_per_minute": 6}).http.headers["x-api-key"]) for url in urls[:1]
+    ]
     wires += [Wire(url, wires[0].http.headers["x-api-key"]) for url in urls[1:]]
     while time.time() % 60 > 50:
         time.sleep(0.5)
@@ -190,7 +210,7 @@ def test_a_fleet_s_processes_count_calls_together(
 
 
 def test_tokens_a_day_are_limited(new_wire: Callable[..., Wire]) -> None:
-    wire = new_wire("--tokens-per-day", "30")
+    wire = new_wire(limits={"tokens_per_day": 30})
     session = sampling_session(wire)
     wire.sampled(sample(wire, session, 0))  # 4 read and 8 sampled
     wire.sampled(sample(wire, session, 1))
@@ -200,7 +220,7 @@ def test_tokens_a_day_are_limited(new_wire: Callable[..., Wire]) -> None:
 
 
 def test_samples_at_once_are_limited(new_wire: Callable[..., Wire], null_service: RunningService) -> None:
-    wire = new_wire("--concurrent-samples", "2")
+    wire = new_wire(limits={"concurrent_samples": 2})
     session = sampling_session(wire)
     with _workers_stand_still(null_service):
         under_way = [sample(wire, session, number) for number in range(2)]
@@ -292,6 +312,65 @@ def test_the_sdk_exchanges_its_key_and_knows_who_it_is(jwt_service: RunningServi
     assert f"{who.org_urn}" in unknown.stdout + unknown.stderr, "it says for whom it looked"
 
 
+def test_the_command_line_logs_in_with_a_key_and_out(jwt_service: RunningService, tmp_path: Path) -> None:
+    key = jwt_service.admin("keys", "create", "lab", "--member", "bo@lab.org", "--name", "pasted")
+    said = cli(jwt_service, tmp_path, "auth", "login", key="", given=f"{key}\n")
+    assert "Logged in as bo@lab.org (lab)" in said.stdout, said
+    assert "bo@lab.org" in cli(jwt_service, tmp_path, "auth", "whoami", key="").stdout
+    assert cli(jwt_service, tmp_path, "auth", "status", key="").returncode == 0
+    assert "Removed credential 'pasted'" in cli(jwt_service, tmp_path, "auth", "logout", key="").stdout
+    wrong = cli(jwt_service, tmp_path, "auth", "login", key="", given="tml-wrong\n")
+    assert "unknown or revoked" in wrong.stdout + wrong.stderr
+
+
+def test_the_sdk_waits_while_a_budget_is_spent_and_goes_on_when_it_is_raised(
+    jwt_service: RunningService,
+) -> None:
+    key = jwt_service.new_key("frugal")
+    jwt_service.admin("tenants", "set", "frugal", "--token-budget", "4")
+    datum = types.Datum(
+        model_input=types.ModelInput.from_ints([1, 2, 3]),
+        loss_fn_inputs={"target_tokens": [2, 3, 4], "weights": [1.0, 1.0, 1.0]},
+    )
+    with tinker.ServiceClient(base_url=jwt_service.url, api_key=key) as service:
+        training = service.create_lora_training_client(MODEL, rank=4).result()
+        training.forward_backward([datum], "cross_entropy").result()
+        waiting = training.forward_backward([datum], "cross_entropy")
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=2)
+        jwt_service.admin("tenants", "set", "frugal", "--token-budget", "100")
+        assert waiting.result(timeout=30).metrics["loss:sum"] == 0
+
+
+def test_the_sdk_takes_turns_when_a_key_may_have_few_samples_at_once(jwt_service: RunningService) -> None:
+    key = jwt_service.admin("keys", "create", "narrow", "--concurrent-samples", "1")
+    with tinker.ServiceClient(base_url=jwt_service.url, api_key=key) as service:
+        sampler = service.create_sampling_client(base_model=MODEL)
+        prompt, params = types.ModelInput.from_ints([1, 2]), types.SamplingParams(max_tokens=4)
+        futures = [sampler.sample(prompt, 1, params) for _ in range(4)]
+        assert [len(f.result(timeout=60).sequences) for f in futures] == [1] * 4
+
+
+def test_what_was_granted_signed_and_counted_survives_a_restart(jwt_service: RunningService) -> None:
+    key = jwt_service.admin("keys", "create", "keeper", "--member", "v@lab.org", "--role", "viewer")
+    owner, viewer = (Wire(jwt_service.url, k) for k in (jwt_service.new_key("keeper"), key))
+    run = Run(owner)
+    run.step()
+    path = run.save("shown", "save_weights_external")
+    owner.post(route(path, "publish"))
+    url = owner.get(route(path, "external_weights_urls"))["urls"]["adapter_config.json"]
+    token = owner.post("/auth/token")["jwt"]
+    cost = owner.get(f"/training_runs/{run.id}/cost")
+    assert jwt_service.stop() == 0
+    jwt_service.restart()
+    assert httpx.get(url).status_code == 200
+    assert Wire(jwt_service.url, token).get(f"/training_runs/{run.id}/cost") == cost
+    assert viewer.get(f"/training_runs/{run.id}/checkpoints")["checkpoints"][0]["public"]
+    viewer.post("/create_session", tags=[])
+    assert viewer.status == 403
+    assert owner.get("/audit", event_type="checkpoints")["entries"][-1]["event"] == "checkpoint_read"
+
+
 def test_tokens_that_are_not_good_are_said_to_be_so(jwt_service: RunningService) -> None:
     key = jwt_service.new_key("leaver")
     wire = Wire(jwt_service.url, key)
@@ -343,7 +422,6 @@ def test_tokens_that_are_not_good_are_said_to_be_so(jwt_service: RunningService)
 
 def test_keys_change_and_what_the_last_one_signed_stays_good(jwt_service: RunningService) -> None:
     from tinsmith_api.journal import signing
-    from tinsmith_api.journal.store import Store
 
     journal = Store(f"sqlite:///{jwt_service.folder / 'journal.db'}")
     try:

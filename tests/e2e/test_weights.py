@@ -78,17 +78,17 @@ def route(path: str, verb: str = "") -> str:
 
 
 def cli(
-    service: RunningService, home: Path, *words: str, key: str = ""
+    service: RunningService, home: Path, *words: str, key: str | None = None, given: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """The official command line, as its user calls it."""
+    """The official command line, as its user calls it; key "": the one it has stored."""
     variables = {
         **os.environ,
         "HOME": str(home),
         "TINKER_BASE_URL": service.url,
-        "TINKER_API_KEY": key or service.key,
+        "TINKER_API_KEY": service.key if key is None else key,
     }
     command = [str(Path(sys.executable).parent / "tinker"), *words]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, input=given)
 
 
 def read(url: str) -> bytes:
@@ -174,7 +174,6 @@ def test_an_address_that_was_changed_or_is_old_opens_nothing(
     for bad in ("", "x", "eyJ.eyJ.x", f"{header}.{claims}.{signature[:-4]}AAAA", f"{header}.{claims}."):
         answer = httpx.get(address, params={"token": bad})
         assert (answer.status_code, "ask for a new one" in answer.text) == (403, True), (bad, answer.text)
-    assert httpx.get(good, headers={"range": "bytes=0-0"}).content == b"{"
     for name in ("../../journal.db", "..%2f..%2fjournal.db", "%2e%2e/journal.db"):
         assert httpx.get(f"{null_service.url}/api/v1/downloads/{name}?token={token}").status_code == 404
 
@@ -384,6 +383,7 @@ def test_an_access_token_that_is_none_is_refused_and_not_repeated(run: Run, othe
 # -- the command line ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("null_service", ["embedded"], indirect=True)
 def test_the_command_line_lists_publishes_keeps_and_deletes(
     run: Run, null_service: RunningService, tmp_path: Path
 ) -> None:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 MANIFEST = "manifest.json"
 
+_PIECE_BYTES = 1 << 20
 _WRITING = ".writing-"
 # Longer than writing any folder takes: one that nobody touched for so long is left from a crash.
 _STALE_SECONDS = 3600.0
@@ -54,7 +55,11 @@ class ObjectStore(Protocol):
 
     def links(self, prefix: str, seconds: int) -> dict[str, str]:
         """For every file under `prefix` an address at which anybody can read it for so long; "" if the store
-        has no addresses of its own. Damaged or OSError as for `get`."""
+        has none that clients reach. Damaged or OSError as for `get`."""
+        ...
+
+    def stream(self, prefix: str, name: str) -> tuple[int, Iterator[bytes]]:
+        """(the size, the bytes piece by piece) of a file, unchecked. Damaged or OSError as for `get`."""
         ...
 
 
@@ -123,11 +128,13 @@ class DirectoryStore:
         with _damage_told(prefix):
             return dict.fromkeys(read_manifest(prefix, (self._folder(prefix) / MANIFEST).read_bytes()), "")
 
-    def path(self, prefix: str, name: str) -> Path:
-        """Where a file lies that `links` names; Damaged if it names none so."""
-        if name not in self.links(prefix, 0):
-            raise Damaged(f"{prefix}: it has no file {name}")
-        return self._folder(prefix) / name
+    def stream(self, prefix: str, name: str) -> tuple[int, Iterator[bytes]]:
+        folder = self._folder(prefix)
+        with _damage_told(prefix):
+            entries = read_manifest(prefix, (folder / MANIFEST).read_bytes())
+            size_bytes = size_of(prefix, name, entries)
+            file = open(folder / name, "rb")  # noqa: SIM115 - closed when it is read
+        return size_bytes, _pieces(file)
 
     def _write(self, target: Path, files: dict[str, bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +175,19 @@ class DirectoryStore:
         folder = (self.root / prefix).resolve()
         assert self.root.resolve() in folder.parents, prefix
         return folder
+
+
+def size_of(prefix: str, name: str, entries: dict[str, Entry]) -> int:
+    """Damaged if the manifest names no such file."""
+    if name not in entries:
+        raise Damaged(f"{prefix}: it has no file {name}")
+    return entries[name].size_bytes
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
 
 
 @contextmanager

@@ -27,13 +27,16 @@ from s3transfer.exceptions import RetriesExceededError
 from tinsmith_api.journal.objects import (
     MANIFEST,
     Damaged,
+    Entry,
     Unavailable,
     check,
     manifest_of,
     read_manifest,
+    size_of,
 )
 
 _PART_BYTES = 8 << 20
+_PIECE_BYTES = 1 << 20
 _FILES_AT_ONCE = 4
 _PARTS_AT_ONCE = 4
 _TRANSFER = TransferConfig(
@@ -53,7 +56,8 @@ class S3Store:
 
     Credentials: where boto3 looks for them; they need s3:ListBucket too, else S3 says "forbidden" of what is
     merely absent. encryption: "", "AES256" or "aws:kms" (kms_key: "" is the account's own). public_endpoint:
-    where others than this service reach it ("": there too). At construction ValueError for settings that
+    where clients reach the server; without it, a server at an `endpoint` of one's own gives them no links.
+    At construction ValueError for settings that
     cannot be right, Unavailable if the bucket cannot be used.
     """
 
@@ -70,7 +74,9 @@ class S3Store:
         self._bucket, self._root = _parts(url)
         self._encryption = _encryption(encryption, kms_key)
         self._client = _client(endpoint, region)
-        self._linking = _client(public_endpoint, region) if public_endpoint else self._client
+        self._linking = self._client if not endpoint else None
+        if public_endpoint:
+            self._linking = _client(public_endpoint, region)
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except (ClientError, BotoCoreError) as error:
@@ -92,10 +98,7 @@ class S3Store:
 
     def get(self, prefix: str) -> dict[str, bytes]:
         with _translated(f"{prefix} cannot be read"):
-            manifest = self._manifest(prefix)
-            if manifest is None:
-                raise Damaged(f"{prefix}: {MANIFEST} is missing")
-            entries, folder = read_manifest(prefix, manifest), _folder(manifest)
+            entries, folder = self._listed(prefix)
             bodies = self._at_once(lambda name: self._download(prefix, folder, name), entries)
         files = dict(zip(entries, bodies, strict=True))
         check(prefix, files, entries)
@@ -137,16 +140,32 @@ class S3Store:
 
     def links(self, prefix: str, seconds: int) -> dict[str, str]:
         with _translated(f"{prefix} cannot be read"):
-            manifest = self._manifest(prefix)
-            if manifest is None:
-                raise Damaged(f"{prefix}: {MANIFEST} is missing")
-            entries, folder = read_manifest(prefix, manifest), _folder(manifest)
+            entries, folder = self._listed(prefix)
             return {name: self._link(self._key(prefix, folder, name), seconds) for name in entries}
 
+    def stream(self, prefix: str, name: str) -> tuple[int, Iterator[bytes]]:
+        with _translated(f"{prefix} cannot be read"):
+            entries, folder = self._listed(prefix)
+            size_bytes = size_of(prefix, name, entries)
+            try:
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._key(prefix, folder, name))
+            except self._client.exceptions.NoSuchKey:
+                raise Damaged(f"{prefix}: {name} is missing") from None
+        return size_bytes, answer["Body"].iter_chunks(_PIECE_BYTES)
+
     def _link(self, key: str, seconds: int) -> str:
+        if self._linking is None:
+            return ""
         asked = {"Bucket": self._bucket, "Key": key}
         link: str = self._linking.generate_presigned_url("get_object", asked, ExpiresIn=seconds)
         return link
+
+    def _listed(self, prefix: str) -> tuple[dict[str, Entry], str]:
+        """(the files under `prefix`, the folder they are in); Damaged if there are none."""
+        manifest = self._manifest(prefix)
+        if manifest is None:
+            raise Damaged(f"{prefix}: {MANIFEST} is missing")
+        return read_manifest(prefix, manifest), _folder(manifest)
 
     def _size_if_whole(self, prefix: str) -> int | None:
         """By its manifest, which was written last."""

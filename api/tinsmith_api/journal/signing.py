@@ -25,11 +25,8 @@ def current(connection: sa.Connection) -> tuple[str, bytes]:
         .order_by(signing_keys.c.created_at.desc())
         .limit(1)
     ).one_or_none()
-    return (row.id, row.secret) if row else rotate(connection)
-
-
-def rotate(connection: sa.Connection) -> tuple[str, bytes]:
-    """A new key to sign with from now on (within a minute). What the others signed stays good."""
+    if row is not None:
+        return row.id, row.secret
     key_id, secret = uuid.uuid4().hex, secrets.token_bytes(32)
     connection.execute(sa.insert(signing_keys).values(id=key_id, secret=secret, created_at=time.time()))
     return key_id, secret
@@ -40,8 +37,7 @@ def find(connection: sa.Connection, key_id: str) -> bytes | None:
     return connection.execute(statement).scalar_one_or_none()
 
 
-def forget(connection: sa.Connection, *, is_all: bool = False) -> int:
-    """Delete keys that nothing good is signed with any more; with `is_all` every one: nothing that was
-    signed before is good from now on (within a minute)."""
-    before = time.time() + 1 if is_all else time.time() - ROTATION_SECONDS - _AFTERLIFE_SECONDS
+def forget(connection: sa.Connection) -> int:
+    """Delete keys that nothing good is signed with any more."""
+    before = time.time() - ROTATION_SECONDS - _AFTERLIFE_SECONDS
     return connection.execute(sa.delete(signing_keys).where(signing_keys.c.created_at < before)).rowcount

@@ -6,17 +6,18 @@ import time
 import uuid
 from email.utils import format_datetime
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from tinsmith.errors import InvalidInput, NotFound
 from tinsmith_api.bodies import Body, parse, read_body, reply
 from tinsmith_api.journal import artifacts, audit, checkpoints, identities
 from tinsmith_api.journal import operations as ops
-from tinsmith_api.journal.objects import Damaged, DirectoryStore
+from tinsmith_api.journal.objects import Damaged
 from tinsmith_api.journal.operations import Operation, insert_if_new
 from tinsmith_api.journal.tables import copies, runs
 from tinsmith_api.owner import Forbidden, Mine, MineToChange, Owner, ServiceOf
@@ -108,21 +109,22 @@ async def archive(mine: Mine, run_id: str, kind: str, name: str, request: Reques
 
 @router.get("/downloads/{name}")
 async def download(service: ServiceOf, name: str, token: Annotated[str, Query(max_length=4096)]) -> Response:
-    """A file of the object directory, for whoever has the address that was made for it."""
+    """A file, for whoever has the address that was made for it."""
     try:
         claims = await service.signer.read(DOWNLOAD, token)
     except InvalidToken as error:
         raise Forbidden(f"this address is not good, or not any more ({error}): ask for a new one") from None
-    if claims["name"] != name or not isinstance(service.objects, DirectoryStore):
+    if claims["name"] != name:
         raise NotFound("there is nothing at this address")
     try:
-        path = await asyncio.to_thread(service.objects.path, claims["prefix"], name)
-        is_there = await asyncio.to_thread(path.is_file)
+        size_bytes, pieces = await asyncio.to_thread(service.objects.stream, claims["prefix"], name)
     except Damaged:
-        is_there = False
-    if not is_there:
-        raise NotFound("this file was deleted since")
-    return FileResponse(path, media_type="application/octet-stream", filename=name)
+        raise NotFound("this file was deleted since") from None
+    headers = {
+        "content-length": str(size_bytes),
+        "content-disposition": f"attachment; filename*=utf-8''{quote(name)}",
+    }
+    return StreamingResponse(pieces, headers=headers, media_type="application/octet-stream")
 
 
 async def links(mine: Owner, request: Request, prefix: str) -> tuple[dict[str, str], datetime.datetime]:

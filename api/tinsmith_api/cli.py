@@ -97,7 +97,7 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
     for verb in (create, restrict):
         verb.add_argument("--requests-per-minute", type=_count, help="calls; 0: no limit")
         verb.add_argument("--concurrent-samples", type=_count, help="samples under way; 0: no limit")
-        verb.add_argument("--tokens-per-day", type=_count, help="tokens in 24 hours; 0: no limit")
+        verb.add_argument("--tokens-per-day", type=_tokens, help="tokens in 24 hours; 0: no limit")
     revoke = keys.add_parser("revoke")
     revoke.add_argument("id", type=int)
     listing = keys.add_parser("list")
@@ -122,7 +122,7 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
     for verb in (found, budget):
         verb.add_argument("tenant")
         verb.add_argument("project")
-    budget.add_argument("--token-budget", type=_count, required=True, help="tokens in all; 0: no budget")
+    budget.add_argument("--token-budget", type=_tokens, required=True, help="tokens in all; 0: no budget")
     ventures = projects.add_parser("list")
     for verb in (found, budget, ventures):
         verb.set_defaults(run=_projects)
@@ -141,7 +141,7 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
         "that come from then on",
     )
     share.add_argument("--priority", type=int, help="whose is higher is served first; default 0")
-    share.add_argument("--token-budget", type=_count, help="tokens it may use in all; 0: no budget")
+    share.add_argument("--token-budget", type=_tokens, help="tokens it may use in all; 0: no budget")
     everyone = tenants.add_parser("list")
     for verb in (share, everyone):
         verb.set_defaults(run=_tenants)
@@ -167,11 +167,15 @@ def _admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> l
     ]
 
 
-def _count(text: str) -> int:
+def _count(text: str, most: int = 2**31 - 1) -> int:
     number = int(text)
-    if not 0 <= number < 2**31:
-        raise argparse.ArgumentTypeError("must be from 0 to 2147483647")
+    if not 0 <= number <= most:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {most}")
     return number
+
+
+def _tokens(text: str) -> int:
+    return _count(text, 10**18)
 
 
 # -- processes -------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def of_run(connection: sa.Connection, run_id: str) -> dict[str, int]:
     )
     statement = (
         sa.select(usage.c.kind, sa.cast(sa.func.sum(usage.c.amount), sa.BigInteger))
-        .where(sa.or_(usage.c.subject == run_id, usage.c.subject.in_(its_samplers)))
+        .where(usage.c.subject.in_(sa.union_all(sa.select(sa.literal(run_id)), its_samplers)))
         .group_by(usage.c.kind)
     )
     return {row[0]: row[1] for row in connection.execute(statement)}
@@ -186,11 +186,7 @@ def budgets(connection: sa.Connection, tenant_id: str, session_id: str) -> list[
     if row is not None and row.project_budget is not None:
         inside = sa.select(sessions.c.id).where(sessions.c.project_id == row.project_id)
         spent = _sum(connection, usage.c.amount, usage.c.session_id.in_(inside), usage.c.kind.in_(TOKENS))
-        subjects = [
-            operations.c.subject.in_(sa.select(table.c.id).where(table.c.session_id.in_(inside)))
-            for table in (runs, sampling_sessions)
-        ]
-        queued = _queued(connection, tenant_id, sa.or_(*subjects))
+        queued = _queued(connection, tenant_id, operations.c.subject.in_(ops.subjects_of(inside)))
         found.append(Budget(f"the project {row.project}", row.project_budget, spent + queued))
     return found
 

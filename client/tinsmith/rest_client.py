@@ -257,16 +257,18 @@ class RestClient(AdminClient):
         """Whom the key belongs to: by the claims of its token, or where there is none by the service."""
 
         def ask() -> WhoamiResponse:
-            own = self._connection.get("auth/apikey/me") if not self._connection.key.is_exchanged else {}
-            claims = self._connection.key.claims
-            if claims:
-                org = f"tml:organization:{claims['org_id']}"
-                return WhoamiResponse(user_urn=claims["sub"], org_urn=org, email=claims.get("email"))
-            details = own.get("details", {})
-            org_name = details.get("org_details", {}).get("name", "")
-            email = details.get("user_details", {}).get("email")
+            key = self._connection.key
+            if self._connection.config.get("pjwt_auth_enabled"):
+                if not key.claims:  # whatever is asked first gets the token
+                    self._connection.get("get_server_capabilities")
+                org = f"tml:organization:{key.claims['org_id']}"
+                return WhoamiResponse(user_urn=key.claims["sub"], org_urn=org, email=key.claims.get("email"))
+            own = self._connection.get("auth/apikey/me")
+            people = own["details"]
             return WhoamiResponse(
-                user_urn=f"tml:key:{own['key_id']}", org_urn=f"tml:organization:{org_name}", email=email
+                user_urn=f"tml:key:{own['key_id']}",
+                org_urn=f"tml:organization:{people['org_details']['name']}",
+                email=people["user_details"]["email"],
             )
 
         return self._do(ask)

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,18 @@ class Table(list[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Cost:
-    """`tokens` of finished passes; `steps` of the optimizer; `compute_seconds` that passes and steps took
-    on the worker, None if the service does not say; `storage_bytes` of its checkpoints as they are now;
-    `usage` in tokens by kind, with what was sampled from its weights; `estimated_cost_usd` of that, None if
-    the service has no prices."""
+    """`tokens` and `calls` of finished passes; `steps` of the optimizer; how long its calls waited and were
+    computed, None if the service did not note it (a pass shared with other runs counts in full);
+    `storage_bytes` of its checkpoints now; `usage` in tokens by kind, samples of its weights included, and
+    what that costs by the service's price list, if it has one."""
 
     tokens: int
     calls: int
     steps: int
-    compute_seconds: float | None
     queue_seconds: float | None
+    compute_seconds: float | None
     storage_bytes: int
-    usage: dict[str, int]
+    usage: Mapping[str, int]
     estimated_cost_usd: float | None
 
 
@@ -91,4 +92,5 @@ def metrics(connection: Connection, run_id: str) -> Table:
 
 
 def cost(connection: Connection, run_id: str) -> Cost:
-    return Cost(**connection.get(f"training_runs/{run_id}/cost"))
+    answer = connection.get(f"training_runs/{run_id}/cost")
+    return Cost(**{name: answer.get(name) for name in Cost.__dataclass_fields__})

@@ -15,6 +15,8 @@ class Request:
     path: str
     headers: dict[str, str]
     body: bytes
+    method: str = "POST"
+    query: str = ""
 
     @property
     def json(self) -> Any:
@@ -51,8 +53,9 @@ class Stub:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                path = self.path.removeprefix("/api/v1/")
-                request = Request(path, {k.lower(): v for k, v in self.headers.items()}, body)
+                path, _, query = self.path.removeprefix("/api/v1/").partition("?")
+                headers = {k.lower(): v for k, v in self.headers.items()}
+                request = Request(path, headers, body, self.command, query)
                 stub.requests.append(request)
                 answer = stub.answers.get(path, stub.promise)(request)
                 if answer.body is None:
@@ -68,7 +71,7 @@ class Stub:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_GET = do_POST  # noqa: N815
+            do_GET = do_PUT = do_DELETE = do_POST  # noqa: N815
 
             def log_message(self, *args: object) -> None:
                 pass

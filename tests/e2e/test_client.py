@@ -173,3 +173,69 @@ def test_the_lines_in_the_readme_run_on_both_clients(
     (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(lines.replace("tinker", package).replace(f"{package}/tiny", "tinsmith/tiny"), {})
     assert float(capsys.readouterr().out.split()[0]) > 0
+
+
+def test_four_hundred_samples_at_once(client: tinsmith.ServiceClient) -> None:
+    """Awaited and waited for; each answers what it was asked."""
+    sampler = client.create_sampling_client(base_model=BASE).result(60)
+    prompts = [ModelInput.from_ints([5, 6, 7 + i]) for i in range(400)]
+    params = SamplingParams(max_tokens=1, temperature=0.0, stop=[])
+
+    async def gathered() -> list[list[int]]:
+        found = await asyncio.gather(*(sampler.sample(prompt, 1, params) for prompt in prompts))
+        return [one.sequences[0].tokens for one in found]
+
+    awaited = asyncio.run(gathered())
+    futures = [sampler.sample(prompt, 1, params) for prompt in prompts]
+    assert [future.result(120).sequences[0].tokens for future in futures] == awaited
+    assert len({tuple(tokens) for tokens in awaited}) > 10
+
+
+def test_metrics_cost_and_fork_of_a_run(client: tinsmith.ServiceClient) -> None:
+    training = client.create_lora_training_client(BASE, rank=4, seed=2).result(60)
+    losses = [step(training) for _ in range(3)]
+    training.save_state("step-3").result(60)
+    now, then = training.fork().result(60), training.fork(3).result(60)
+    assert logprobs(now) == logprobs(then) == logprobs(training)
+    for run in (training, now, then):
+        step(run)
+    assert logprobs(now) == logprobs(then) == logprobs(training)
+    table = training.metrics()
+    passes = [row for row in table if row["kind"] == "forward_backward"]
+    assert [row["loss:sum"] for row in passes][:3] == losses
+    assert all(row["tokens"] == sum(d.model_input.length for d in DATA) for row in passes)
+    assert all(row["grad_norm"] > 0 for row in table if row["kind"] == "optim_step")
+    assert all(row["compute_seconds"] > 0 for row in passes)
+    cost = training.cost()
+    assert cost.steps == 4
+    assert cost.tokens == sum(row["tokens"] or 0 for row in table)
+    assert cost.storage_bytes > 0
+
+
+def test_an_export_is_what_was_trained(
+    client: tinsmith.ServiceClient, training: tinsmith.TrainingClient, tmp_path: Path
+) -> None:
+    """PEFT and transformers, with the files alone, find the service's logprobs."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for _ in range(3):
+        step(training, 1e-2)
+    texts = [[*d.model_input.to_ints(), int(d.loss_fn_inputs["target_tokens"].data[-1])] for d in DATA]
+    expected = training.logprobs(texts).result(60)
+    base = str(training.get_info().model_data.tokenizer_id)
+    adapter = training.export(tmp_path / "adapter")
+    merged = training.export(tmp_path / "merged", "merged", base=base)
+    loaded = [
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)),
+        AutoModelForCausalLM.from_pretrained(merged),
+    ]
+    for model in loaded:
+        for text, own in zip(texts, expected, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([text])).logits[0]
+            found = torch.log_softmax(logits.float(), -1)[:-1].gather(1, torch.tensor(text[1:])[:, None])[
+                :, 0
+            ]
+            np.testing.assert_allclose(found.numpy(), own[1:], atol=2e-4)

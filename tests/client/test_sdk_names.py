@@ -64,28 +64,67 @@ PARAMETERS_LEFT_OUT = {
 }
 TYPES_LEFT_OUT = {
     **dict.fromkeys(
-        (
-            "AuthTokenResponse ClientConfigRequest ClientConfigResponse ClientDynamicConfigResponse "
-            "CopyWeightsRequest CopyWeightsResponse CreateCustomLossRequest CreateCustomLossResponse "
-            "CreateModelRequest CreateModelResponse CreateSamplingSessionRequest "
-            "CreateSamplingSessionResponse CreateSessionRequest CreateSessionResponse "
-            "ForwardBackwardInput ForwardBackwardRequest ForwardRequest FutureCompletion FutureFailed "
-            "FutureFinished FutureRetrieveRequest FutureRetrieveResponse FuturesRetrieveRequest "
-            "FuturesRetrieveResponse GetBillingUsageRequest GetCurrentCheckpointStorageUsageRequest "
-            "GetInfoRequest HealthResponse JoinSamplingSessionRequest JoinSamplingSessionResponse "
-            "LoadWeightsRequest OptimStepRequest RequestFailedResponse SampleRequest "
-            "SamplingSessionFuturesTarget SaveWeightsExternalRequest SaveWeightsExternalResponseInternal "
-            "SaveWeightsForSamplerRequest SaveWeightsForSamplerResponseInternal SaveWeightsRequest "
-            "SessionHeartbeatRequest SessionHeartbeatResponse UnloadModelRequest UnloadModelResponse "
-            "UntypedAPIFuture"
-        ).split(),
+        [
+            "AuthTokenResponse",
+            "ClientConfigRequest",
+            "ClientConfigResponse",
+            "ClientDynamicConfigResponse",
+            "CopyWeightsRequest",
+            "CopyWeightsResponse",
+            "CreateCustomLossRequest",
+            "CreateCustomLossResponse",
+            "CreateModelRequest",
+            "CreateModelResponse",
+            "CreateSamplingSessionRequest",
+            "CreateSamplingSessionResponse",
+            "CreateSessionRequest",
+            "CreateSessionResponse",
+            "ForwardBackwardInput",
+            "ForwardBackwardRequest",
+            "ForwardRequest",
+            "FutureCompletion",
+            "FutureFailed",
+            "FutureFinished",
+            "FutureRetrieveRequest",
+            "FutureRetrieveResponse",
+            "FuturesRetrieveRequest",
+            "FuturesRetrieveResponse",
+            "GetBillingUsageRequest",
+            "GetCurrentCheckpointStorageUsageRequest",
+            "GetInfoRequest",
+            "HealthResponse",
+            "JoinSamplingSessionRequest",
+            "JoinSamplingSessionResponse",
+            "LoadWeightsRequest",
+            "OptimStepRequest",
+            "RequestFailedResponse",
+            "SampleRequest",
+            "SamplingSessionFuturesTarget",
+            "SaveWeightsExternalRequest",
+            "SaveWeightsExternalResponseInternal",
+            "SaveWeightsForSamplerRequest",
+            "SaveWeightsForSamplerResponseInternal",
+            "SaveWeightsRequest",
+            "SessionHeartbeatRequest",
+            "SessionHeartbeatResponse",
+            "UnloadModelRequest",
+            "UnloadModelResponse",
+            "UntypedAPIFuture",
+        ],
         WIRE,
     ),
     **dict.fromkeys(
-        (
-            "EventType SessionEndEvent SessionStartEvent Severity TelemetryBatch TelemetryEvent "
-            "TelemetryResponse TelemetrySendRequest UnhandledExceptionEvent"
-        ).split(),
+        [
+            "EventType",
+            "SessionEndEvent",
+            "SessionStartEvent",
+            "Severity",
+            "TelemetryBatch",
+            "TelemetryEvent",
+            "TelemetryResponse",
+            "TelemetrySendRequest",
+            "UnhandledExceptionEvent",
+        ],
         NO_TELEMETRY,
     ),
     "CustomLossGraph": "losses run here, untraced",

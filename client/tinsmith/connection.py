@@ -27,8 +27,6 @@ from tinsmith.progress import Progress
 from tinsmith.threads import Threads, in_event_loop
 
 T = TypeVar("T")
-Sent = concurrent.futures.Future[httpx.Response]
-
 GIVE_UP_SECONDS = 300.0
 """A service that answered before may be away this long, e.g. to restart; one that never did, ten."""
 _FIRST_CONTACT_SECONDS = 10.0
@@ -41,6 +39,28 @@ _SENDERS, _WAITERS = 32, 400
 WIRE_VERSION = "0.38.0"
 
 JSON, PROTOBUF = "application/json", "application/x-protobuf"
+
+
+class Sent(concurrent.futures.Future[httpx.Response]):
+    """The answer to a request. Whoever was told that the service was away and asks again has the same request
+    sent again: the call keeps its number, so no other one waits for it in vain."""
+
+    again: "Callable[[], Sent]"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._was_away = False
+        self._later: Sent | None = None
+
+    def result(self, timeout: float | None = None) -> httpx.Response:
+        if self._was_away:
+            self._later = self._later or self.again()
+            return self._later.result(timeout)
+        try:
+            return super().result(timeout)
+        except ServiceUnavailable:
+            self._was_away = True
+            raise
 
 
 class Connection:
@@ -88,11 +108,13 @@ class Connection:
         """Send the same bytes until the service answers; done when it has, unless an event loop runs in this
         thread or the caller wants it `aside`. Calls carry their number (seq_id): one whose answer got lost
         is not applied twice. `until` is when time.monotonic() makes it a TimeoutError."""
-        if in_event_loop() if aside is None else aside:
-            options = {"fatal": fatal, "patience": patience, "until": until, **request}
-            again = functools.partial(self.send, method, path, aside=False, **options)
-            return self._senders.run(lambda: again().result())
         sent, since = Sent(), time.monotonic()
+        options = {"fatal": fatal, "patience": patience, **request}
+        sent.again = functools.partial(self.send, method, path, aside=aside, **options)
+        if in_event_loop() if aside is None else aside:
+            here = functools.partial(self.send, method, path, aside=False, until=until, **options)
+            self._senders.run(lambda: here().result(), sent)
+            return sent
         try:
             if self._config is None and path != "client/config":
                 _ = self.config

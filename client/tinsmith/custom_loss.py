@@ -30,7 +30,7 @@ class LossHandle:
             taken = [self._input(index, datum, name) for name in self.inputs if name != "logprobs"]
             loss, measured = self.fn(own, *taken)
             losses.append(loss)
-            metrics.append({name: float(getattr(value, "data", value)) for name, value in measured.items()})
+            metrics.append({name: _number(value) for name, value in measured.items()})
         return sum(losses), {
             name: math.fsum(m[name] for m in metrics) / (len(metrics) if name.endswith(":mean") else 1)
             for name in metrics[0]
@@ -46,6 +46,10 @@ class LossHandle:
                 f"{self.name} takes rank {self.inputs[name]}"
             )
         return tensor.to_torch()
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if hasattr(value, "detach") else value)
 
 
 def for_logprobs(datum: Datum) -> Datum:

@@ -93,4 +93,5 @@ def metrics(connection: Connection, run_id: str) -> Table:
 
 def cost(connection: Connection, run_id: str) -> Cost:
     answer = connection.get(f"training_runs/{run_id}/cost")
-    return Cost(**{name: answer.get(name) for name in Cost.__dataclass_fields__})
+    known: dict[str, Any] = {name: answer.get(name) for name in Cost.__dataclass_fields__}
+    return Cost(**known)

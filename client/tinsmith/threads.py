@@ -23,8 +23,9 @@ class Threads:
         self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._open: set[Future[Any]] = set()
 
-    def run(self, call: Callable[[], T]) -> "Future[T]":
-        done: Future[T] = Future()
+    def run(self, call: Callable[[], T], done: "Future[T] | None" = None) -> "Future[T]":
+        """`done`, or a new future, with what `call` returns."""
+        done = Future() if done is None else done
         done.set_running_or_notify_cancel()
         with self._lock:
             self._open.add(done)

@@ -160,6 +160,29 @@ def test_a_service_that_is_gone_is_reported_in_time() -> None:
         client.get_server_capabilities()
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_call_that_was_given_up_is_sent_again_when_it_is_asked_for_again(stub: Stub, in_loop: bool) -> None:
+    """Under its own number: the calls behind it wait for that."""
+    client = tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test", give_up_seconds=0.1)
+    training = client.create_lora_training_client("m").result(10)
+    is_away = True
+    stub.answers["optim_step"] = lambda request: (
+        Answer(503, {"detail": "starting"}) if is_away else Answer(body={"request_id": "done"})
+    )
+
+    async def submit() -> "tinsmith.Future[tinsmith.OptimStepResponse]":
+        return training.optim_step()
+
+    future = asyncio.run(submit()) if in_loop else training.optim_step()
+    with pytest.raises(tinsmith.ServiceUnavailable, match="503 starting"):
+        future.result(10)
+    is_away = False
+    assert future.result(10).metrics is None
+    assert asyncio.run(future.result_async(10)).metrics is None
+    assert len({request.body for request in stub.of("optim_step")}) == 1
+    client.close().result(10)
+
+
 def test_a_large_call_is_sent_in_chunks_and_answered_as_one(
     stub: Stub, training: tinsmith.TrainingClient
 ) -> None:

@@ -226,10 +226,12 @@ def test_an_export_is_what_was_trained(
     expected = training.logprobs(texts).result(60)
     base = str(training.get_info().model_data.tokenizer_id)
     adapter = training.export(tmp_path / "adapter")
-    merged = training.export(tmp_path / "merged", "merged", base=base)
+    merged = training.export(tmp_path / "merged", "merged", base=base, dtype="float32")
     loaded = [
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)),
-        AutoModelForCausalLM.from_pretrained(merged),
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
+        ),
+        AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32),
     ]
     for model in loaded:
         for text, own in zip(texts, expected, strict=True):

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -35,6 +36,8 @@ _POLL_SECONDS = 45.0
 # Samples are submitted side by side by so many threads, and waited for by so many: more sockets than this
 # would run into the usual limit of 1024 open files.
 _SENDERS, _WAITERS = 32, 400
+# While an account is not in order, a call is repeated so often, as the official SDK does.
+_BILLING_PAUSE_SECONDS = 5.0
 # The version of the wire that this client speaks, by the official SDK's number.
 WIRE_VERSION = "0.38.0"
 
@@ -45,7 +48,7 @@ class Sent(concurrent.futures.Future[httpx.Response]):
     """The answer to a request. Whoever was told that the service was away and asks again has the same request
     sent again: the call keeps its number, so no other one waits for it in vain."""
 
-    again: "Callable[[], Sent]"
+    again: "Callable[[], Sent] | None" = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +57,7 @@ class Sent(concurrent.futures.Future[httpx.Response]):
 
     def result(self, timeout: float | None = None) -> httpx.Response:
         if self._was_away:
+            assert self.again is not None
             self._later = self._later or self.again()
             return self._later.result(timeout)
         try:
@@ -61,6 +65,10 @@ class Sent(concurrent.futures.Future[httpx.Response]):
         except ServiceUnavailable:
             self._was_away = True
             raise
+
+    def set_result(self, result: httpx.Response) -> None:
+        self.again = None  # and with it the request's body
+        super().set_result(result)
 
 
 class Connection:
@@ -85,14 +93,11 @@ class Connection:
         self._closed = threading.Event()
         self._config: dict[str, Any] | None = None
         self._greeting = threading.Lock()
-        self._http = httpx.Client(
-            base_url=f"{self.base_url}/api/v1/",
-            headers={"Accept": JSON, **(headers or {})},
-            auth=self.key,
-            # Reading the certificates takes a quarter of a second; plain HTTP needs none.
-            verify=not self.base_url.startswith("http://"),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_WAITERS),
-        )
+        self._headers = {"Accept": JSON, **(headers or {})}
+        # Reading the certificates takes a quarter of a second; plain HTTP needs none.
+        self._tls = httpx.create_ssl_context(verify=not self.base_url.startswith("http://"))
+        self._own = threading.local()
+        self._clients: weakref.WeakSet[httpx.Client] = weakref.WeakSet()
 
     def send(
         self,
@@ -124,9 +129,9 @@ class Connection:
                 wait = min(0.5 * 2**attempt, 10) * random.uniform(0.75, 1)  # noqa: S311 - not a secret
                 give_up = self._give_up_seconds if patience is None else patience
                 try:
-                    response = self._http.request(method, path, timeout=_timeout(until), **request)
+                    response = self._http().request(method, path, timeout=_timeout(until), **request)
                 except httpx.TransportError as error:
-                    trouble = f"{type(error).__name__} {error}".strip()
+                    trouble: TinsmithError = self._away(path, f"{type(error).__name__} {error}".strip())
                     if not self._answered_once:
                         give_up = min(give_up, _FIRST_CONTACT_SECONDS)
                 else:
@@ -138,18 +143,16 @@ class Connection:
                         return sent
                     if status in fatal or not _is_passing(response):
                         raise _refusal(response)
-                    trouble = f"{status} {_sentence(response)}"
+                    trouble = self._away(path, f"{status} {_sentence(response)}")
                     wait = _seconds_asked_for(response) or wait
                     if status == 402:
-                        give_up = self.config.get("billing_exception_max_pause_duration_sec", 3600)
-                        wait = 5
+                        trouble, wait = _refusal(response), _BILLING_PAUSE_SECONDS
+                        give_up = (self._config or {}).get("billing_exception_max_pause_duration_sec", 3600)
                 now = time.monotonic()
                 if until is not None and now + wait > until:
                     raise TimeoutError
                 if now + wait > since + give_up:
-                    if trouble.startswith("402 "):
-                        raise _refusal(response)
-                    raise ServiceUnavailable(f"{self.base_url} gives no answer to {path}: {trouble}")
+                    raise trouble
                 self._closed.wait(wait)
         except Exception as error:
             # It belongs to who asks for the answer.
@@ -208,6 +211,19 @@ class Connection:
                 self._config = config
         return self._config
 
+    def _http(self) -> httpx.Client:
+        """Of this thread. One for all would look through its hundreds of connections for every request."""
+        client: httpx.Client | None = getattr(self._own, "http", None)
+        if client is None:
+            base_url = f"{self.base_url}/api/v1/"
+            client = httpx.Client(base_url=base_url, headers=self._headers, auth=self.key, verify=self._tls)
+            self._own.http = client
+            self._clients.add(client)
+        return client
+
+    def _away(self, path: str, why: str) -> ServiceUnavailable:
+        return ServiceUnavailable(f"{self.base_url} gives no answer to {path}: {why}")
+
     def close(self) -> None:
         """Whatever is awaited ends with an error now, and so does a wait in another thread once its poll
         returns."""
@@ -215,7 +231,8 @@ class Connection:
         self.progress.close()
         for threads in (self._senders, self.waiters):
             threads.close(TinsmithError("this client is closed"))
-        self._http.close()
+        for client in list(self._clients):
+            client.close()
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:

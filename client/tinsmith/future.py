@@ -41,6 +41,7 @@ class Future(Generic[T]):
         try:
             if self._outcome is None:
                 self._outcome = self._settle(until)
+                self._fetch = _fetched  # and with it the request's data
         finally:
             self._turn.release()
         if isinstance(self._outcome, Exception):
@@ -98,6 +99,10 @@ class ClientFuture(Future[T]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}, {'ready' if self.done() else 'pending'}>"
+
+
+def _fetched(until: float | None) -> Any:
+    raise AssertionError
 
 
 def left(until: float | None) -> float | None:

@@ -112,7 +112,9 @@ class SamplingClient:
             sent.append(self._send(fields))
             return self._read(sent[-1], until)
 
-        return Future(fetch, self._connection.waiters)
+        future = Future(fetch, self._connection.waiters)
+        future.future()  # fetched when it is there, not one after the other when somebody asks
+        return future
 
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None

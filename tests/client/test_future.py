@@ -2,9 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import pickle
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -260,3 +262,27 @@ def test_closing_ends_what_is_awaited(stub: Stub) -> None:
     took = asyncio.run(program())
     held.set()
     assert took < 2
+
+
+def held_bytes(root: object) -> int:
+    """The largest bytes that can be reached from `root`."""
+    seen, stack, largest = set[int](), [root], 0
+    while stack:
+        one = stack.pop()
+        if id(one) in seen or isinstance(one, type | types.ModuleType):
+            continue
+        seen.add(id(one))
+        if isinstance(one, bytes):
+            largest = max(largest, len(one))
+        # Not into what a function sees of its module.
+        stack += [r for r in gc.get_referents(one) if r is not getattr(one, "__globals__", None)]
+    return largest
+
+
+def test_a_future_that_is_kept_keeps_no_request(stub: Stub, training: tinsmith.TrainingClient) -> None:
+    """A program may collect the futures of a whole training."""
+    answer_every_pass(stub)
+    future = training.forward_backward([datum(list(range(50_000)))], "cross_entropy")
+    assert held_bytes(future) > 200_000
+    future.result(10)
+    assert held_bytes(future) < 10_000

@@ -69,7 +69,7 @@ def script(tinker: Any) -> dict[str, Any]:
     with pytest.raises(tinker.TinkerError) as failed:
         training.forward([types.Datum(types.ModelInput.from_ints([10**7]), dense)], "cross_entropy").result()
     found["failure"] = failed.type.__name__
-    rest = tinker.RestClient()
+    rest = service.create_rest_client()  # the official RestClient() remembers the first address it had
     run = rest.get_training_run(training.model_id).result()
     found["record"] = (run.base_model, run.lora_rank, run.last_checkpoint.checkpoint_type)
     found["checkpoints"] = len(rest.list_checkpoints(training.model_id).result().checkpoints)

@@ -67,7 +67,7 @@ class RunningService:
         self.process.wait(timeout=60)
         self.start(port)
 
-    def wait_ready(self, seconds: float = 90) -> None:
+    def wait_ready(self, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log_text()
@@ -226,7 +226,7 @@ class RunningFleet:
                     if process.poll() is not None and name not in self.paused and not self._stopping.is_set():
                         self.start_one(name)
 
-    def wait_ready(self, seconds: float = 90) -> None:
+    def wait_ready(self, seconds: float = 180) -> None:
         """Every API answers, and a worker is ready."""
         deadline = time.monotonic() + seconds
         for url in self.urls:

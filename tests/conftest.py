@@ -28,7 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     memory = Path("/dev/shm")
     if config.option.basetemp or not memory.is_dir() or shutil.disk_usage(memory).free < 4 << 30:
         return
-    folder = tempfile.mkdtemp(prefix="tinsmith-tests-", dir=memory)
+    for left in memory.glob("tinsmith-tests-*-*"):  # by one that was killed
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"tinsmith-tests-{os.getpid()}-", dir=memory)
     os.chmod(folder, 0o755)  # PostgreSQL is run by somebody else, where tests are run by root
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     config.option.basetemp = Path(folder) / "pytest"

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -330,14 +331,23 @@ def test_a_copy_lives_on_when_its_source_is_deleted(
     assert wire.status == 404
 
 
-def test_a_copy_asked_for_again_is_the_same_one(run: Run, wire: Wire) -> None:
+def test_a_copy_asked_for_again_or_twice_at_once_is_the_same_one(
+    run: Run, wire: Wire, null_service: RunningService
+) -> None:
     path = run.save("state")
     asked = {"source_path": path, "destination_project_id": "default"}
     headers = {"x-idempotency-key": f"once-{run.id}"}
-    copies = {
-        wire.http.post("/copy_weights", json=asked, headers=headers).json()["tinker_path"] for _ in range(3)
-    }
-    assert len(copies) == 1
+    wires = [Wire(url, null_service.key) for url in getattr(null_service, "urls", [null_service.url])]
+
+    def ask(number: int) -> str:
+        answer = wires[number % len(wires)].http.post("/copy_weights", json=asked, headers=headers)
+        return answer.json()["tinker_path"]
+
+    with ThreadPoolExecutor(8) as threads:
+        copies = set(threads.map(ask, range(8)))
+    assert copies == {ask(0)}
+    kept = wire.get("/checkpoints", limit=1000)["checkpoints"]
+    assert sum(c["tinker_path"] in copies for c in kept) == 1
     different = wire.http.post("/copy_weights", json={**asked, "ttl_seconds": 3600}, headers=headers)
     assert (different.status_code, "another copy" in different.text) == (400, True), different.text
     again = wire.http.post("/copy_weights", json=asked).json()["tinker_path"]
@@ -403,7 +413,11 @@ def test_the_command_line_lists_publishes_keeps_and_deletes(
     said("checkpoint", "unpublish", path)
     assert path in json.dumps(said("checkpoint", "list", "--run-id", run.id))
     assert path in json.dumps(said("checkpoint", "list", "--limit", "0"))
+    for number in range(3):
+        run.save(f"more-{number}")
     said("checkpoint", "delete", path, "-y")
     assert path not in json.dumps(said("checkpoint", "list", "--run-id", run.id))
+    said("checkpoint", "delete", "--run-id", run.id, "-y")
+    assert said("checkpoint", "list", "--run-id", run.id)["checkpoints"] == []
     gone = cli(null_service, tmp_path, "checkpoint", "info", path)
     assert gone.returncode != 0

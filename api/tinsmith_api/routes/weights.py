@@ -184,25 +184,26 @@ async def copy_weights(mine: MineToChange, request: Request) -> Response:
     session_id, project_id = await _destination(mine, body)
     run_id = f"{session_id or uuid.uuid4().hex}:train:{body.model_seq_id or 0}"
 
-    def statement(connection: sa.Connection) -> str | None:
+    def statement(connection: sa.Connection) -> str:
+        # First, so that of two that come at once the second waits here for what the first made.
+        path = checkpoints.path_of(run_id, source.kind, source.name)
         row = {"tenant_id": mine.tenant_id, "idempotency_key": once or run_id}
-        before = connection.execute(sa.select(copies).filter_by(**row)).one_or_none()
-        if before is not None and before.asked == asked:
-            return str(before.path)
+        if not insert_if_new(
+            connection, copies, {**row, "asked": asked, "path": path, "created_at": time.time()}
+        ):
+            before = connection.execute(sa.select(copies).filter_by(**row)).one()
+            if before.asked == asked:
+                return str(before.path)
+            raise InvalidInput(f"run {run_id} exists: use the next model_seq_id")
         if session_id is None:
             _finished_session(connection, mine, run_id, project_id)
         if not _run_of_copies(connection, mine, run_id, source):
             raise InvalidInput(f"run {run_id} exists: use the next model_seq_id")
-        path = checkpoints.copy(
-            connection,
-            source.path,
-            run_id=run_id,
-            tenant_id=mine.tenant_id,
-            ttl_seconds=body.ttl_seconds,
+        copied = checkpoints.copy(
+            connection, source.path, run_id=run_id, tenant_id=mine.tenant_id, ttl_seconds=body.ttl_seconds
         )
-        if path is None:
+        if copied is None:
             raise NotFound(f"no checkpoint {source.path} any more")
-        insert_if_new(connection, copies, {**row, "asked": asked, "path": path, "created_at": time.time()})
         _record(connection, mine, "checkpoint_copied", path, source_path=source.path)
         return path
 

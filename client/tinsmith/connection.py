@@ -34,8 +34,9 @@ _FIRST_CONTACT_SECONDS = 10.0
 # The service holds a long poll for up to 30 s.
 _POLL_SECONDS = 45.0
 # Samples are submitted side by side by so many threads, and waited for by so many: more sockets than this
-# would run into the usual limit of 1024 open files.
-_SENDERS, _WAITERS = 32, 400
+# would run into the usual limit of 1024 open files. Everything else is awaited by others, so that it never
+# stands in line behind samples.
+_SENDERS, _SAMPLE_WAITERS, _WAITERS = 32, 400, 64
 # While an account is not in order, a call is repeated so often, as the official SDK does.
 _BILLING_PAUSE_SECONDS = 5.0
 # The version of the wire that this client speaks, by the official SDK's number.
@@ -87,6 +88,7 @@ class Connection:
         self.key = Key(api_key or _setting("API_KEY"), f"{self.base_url}/api/v1/auth/token")
         self.progress = Progress(progress)
         self.waiters = Threads(_WAITERS)
+        self.sample_waiters = Threads(_SAMPLE_WAITERS)
         self._senders = Threads(_SENDERS)
         self._give_up_seconds = give_up_seconds
         self._answered_once = False
@@ -229,7 +231,7 @@ class Connection:
         returns."""
         self._closed.set()
         self.progress.close()
-        for threads in (self._senders, self.waiters):
+        for threads in (self._senders, self.waiters, self.sample_waiters):
             threads.close(TinsmithError("this client is closed"))
         for client in list(self._clients):
             client.close()

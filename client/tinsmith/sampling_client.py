@@ -112,7 +112,7 @@ class SamplingClient:
             sent.append(self._send(fields))
             return self._read(sent[-1], until)
 
-        future = Future(fetch, self._connection.waiters)
+        future = Future(fetch, self._connection.sample_waiters)
         future.future()  # fetched when it is there, not one after the other when somebody asks
         return future
 

@@ -201,6 +201,38 @@ def test_four_hundred_samples_at_once(stub: Stub, client: tinsmith.ServiceClient
     assert asyncio.run(gathered()) == list(range(400))
 
 
+def test_training_is_awaited_while_more_samples_are_under_way_than_there_are_threads(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinsmith.connection._SAMPLE_WAITERS", 4)
+    sampled(stub)
+    fetch, held = stub.answers["retrieve_future"], threading.Event()
+
+    def hold_samples(request: Request) -> Answer:
+        if request.json["request_id"].startswith("q"):
+            held.wait(10)
+        return fetch(request)
+
+    async def program(client: tinsmith.ServiceClient) -> float:
+        training = await client.create_lora_training_client("m")
+        sampler = await client.create_sampling_client(base_model="m")
+        stub.answers["retrieve_future"] = hold_samples
+        prompt = ModelInput.from_ints([1])
+        samples = [sampler.sample(prompt, 1, SamplingParams(max_tokens=1)) for _ in range(12)]
+        waiting = [asyncio.ensure_future(sample.coroutine()) for sample in samples]
+        await asyncio.sleep(0.2)
+        started = time.perf_counter()
+        await training.optim_step()
+        took = time.perf_counter() - started
+        assert not any(one.done() for one in waiting)
+        held.set()
+        await asyncio.gather(*waiting)
+        return took
+
+    with tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test") as client:
+        assert asyncio.run(program(client)) < 5
+
+
 def test_a_dropped_promise_of_a_sample_is_asked_for_anew(stub: Stub, client: tinsmith.ServiceClient) -> None:
     sampled(stub)
     promise = stub.answers["asample"]

@@ -157,6 +157,12 @@ def test_the_description_of_the_api_names_every_route_and_its_errors() -> None:
 
     described = app.make_app(Stub()).openapi()  # type: ignore[arg-type]
     assert set(described["paths"]) == {route.path_format for route in _routes()}
+    bodiless = {"/publish", "/client/config", "/client/dynamic_config", "/telemetry", "/auth/token"}
+    for path, methods in described["paths"].items():
+        for method in methods.keys() & {"post", "put"}:
+            if not path.endswith(tuple(bodiless)):
+                assert "requestBody" in methods[method], (method, path)
+    assert "$defs" not in str(described)
     errors = described["paths"]["/api/v1/copy_weights"]["post"]["responses"]
     assert {"400", "401", "403", "404", "429"} <= set(errors)
     assert "detail" in str(errors["404"])

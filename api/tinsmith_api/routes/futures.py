@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from tinsmith.wire import json_form
 from tinsmith.wire import tinsmith_pb2 as pb
-from tinsmith_api.bodies import Body, parse, read_body, reply
+from tinsmith_api.bodies import Body, parse, read_body, reply, takes
 from tinsmith_api.journal import metrics
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Outcome
@@ -22,7 +22,7 @@ class RetrieveFuture(Body):
     allow_metadata_only: bool = False
 
 
-@router.post("/retrieve_future")
+@router.post("/retrieve_future", openapi_extra=takes(RetrieveFuture))
 async def retrieve_future(mine: Mine, request: Request) -> Response:
     """The result, as soon as there is one; 408 to ask again, after having waited."""
     body = parse(RetrieveFuture, await read_body(request, mine.service.settings.max_body_bytes))

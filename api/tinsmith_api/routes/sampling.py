@@ -12,7 +12,7 @@ from tinsmith.errors import InvalidInput
 from tinsmith.wire import json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.datums import array, shape_of
-from tinsmith_api.bodies import Body, Strict, off_loop, parse, read_body, reply
+from tinsmith_api.bodies import Body, Strict, off_loop, parse, read_body, reply, takes
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
@@ -34,7 +34,7 @@ class CreateSamplingSession(Body):
     model_path: str | None = None
 
 
-@router.post("/create_sampling_session")
+@router.post("/create_sampling_session", openapi_extra=takes(CreateSamplingSession))
 async def create_sampling_session(mine: MineToChange, request: Request) -> Response:
     """A frozen sampler: the base model, or weights saved before."""
     body = parse(CreateSamplingSession, await read_body(request, mine.service.settings.max_body_bytes))
@@ -106,7 +106,7 @@ class Sample(Body):
     record_stability_info: bool = False
 
 
-@router.post("/asample")
+@router.post("/asample", openapi_extra=takes(Sample))
 async def asample(mine: MineToChange, request: Request) -> Response:
     raw = await read_body(request, mine.service.settings.max_sample_bytes)
     body = await off_loop(len(raw), lambda: parse(Sample, raw))

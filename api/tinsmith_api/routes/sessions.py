@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AwareDatetime, Field
 
 from tinsmith.errors import InvalidInput
-from tinsmith_api.bodies import Strict, parse, read_body, reply
+from tinsmith_api.bodies import Strict, parse, read_body, reply, takes
 from tinsmith_api.journal import artifacts, audit, identities
 from tinsmith_api.journal.tables import checkpoints, runs, sampling_sessions, sessions
 from tinsmith_api.owner import Mine, MineToChange, Owner, urn_of
@@ -64,7 +64,7 @@ class AssignProject(Strict):
     project_id: Short
 
 
-@router.put("/sessions/{session_id}/project")
+@router.put("/sessions/{session_id}/project", openapi_extra=takes(AssignProject))
 async def assign_project(mine: MineToChange, session_id: str, request: Request) -> Response:
     """By id or name. What the session used before goes with it."""
     body = parse(AssignProject, await read_body(request, mine.service.settings.max_body_bytes))
@@ -128,7 +128,7 @@ class Search(Strict):
     cursor: Cursor | None = None
 
 
-@router.post("/sessions/search")
+@router.post("/sessions/search", openapi_extra=takes(Search))
 async def search_sessions(mine: Mine, request: Request) -> Response:
     """Newest first. Whatever is given must hold; of session_id and display_name either."""
     body = parse(Search, await read_body(request, mine.service.settings.max_body_bytes))

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
-from tinsmith_api.bodies import Body, parse, read_body, reply
+from tinsmith_api.bodies import Body, parse, read_body, reply, takes
 from tinsmith_api.journal import identities
 from tinsmith_api.owner import Gone, Mine, MineToChange, service_of
 from tinsmith_api.service import Service
@@ -64,7 +64,7 @@ class CreateSession(Body):
     display_name: str | None = None
 
 
-@router.post("/create_session")
+@router.post("/create_session", openapi_extra=takes(CreateSession))
 async def create_session(mine: MineToChange, request: Request) -> Response:
     body = parse(CreateSession, await read_body(request, mine.service.settings.max_body_bytes))
     values = body.model_dump() | {"member_id": mine.caller.member_id}
@@ -78,7 +78,7 @@ class SessionHeartbeat(Body):
     session_id: str
 
 
-@router.post("/session_heartbeat")
+@router.post("/session_heartbeat", openapi_extra=takes(SessionHeartbeat))
 async def session_heartbeat(mine: MineToChange, request: Request) -> Response:
     body = parse(SessionHeartbeat, await read_body(request, mine.service.settings.max_body_bytes))
     await mine.open_session(body.session_id)
@@ -95,7 +95,7 @@ class FinishSession(Body):
     detail: str | None = None
 
 
-@router.post("/sessions/{session_id}/finish")
+@router.post("/sessions/{session_id}/finish", openapi_extra=takes(FinishSession))
 async def finish_session(mine: MineToChange, session_id: str, request: Request) -> Response:
     body = parse(FinishSession, await read_body(request, mine.service.settings.max_body_bytes))
     session = await mine.session(session_id)

@@ -15,7 +15,7 @@ from tinsmith.errors import InvalidInput, NotFound
 from tinsmith.wire import datums, json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api import provenance
-from tinsmith_api.bodies import Body, Model, Strict, off_loop, parse, parse_any, read_body, reply
+from tinsmith_api.bodies import Body, Model, Strict, off_loop, parse, parse_any, read_body, reply, takes
 from tinsmith_api.journal import age, checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation, insert_if_new
@@ -54,7 +54,7 @@ class CreateModel(Body):
     optimizer_config: Json | None = None
 
 
-@router.post("/create_model")
+@router.post("/create_model", openapi_extra=takes(CreateModel))
 async def create_model(mine: MineToChange, request: Request) -> Response:
     body = parse(CreateModel, await read_body(request, mine.service.settings.max_body_bytes))
     await mine.open_session(body.session_id)
@@ -84,7 +84,7 @@ class LoadWeights(Body):
     weights_access_token: str | None = None
 
 
-@router.post("/load_weights")
+@router.post("/load_weights", openapi_extra=takes(LoadWeights))
 async def load_weights(mine: MineToChange, request: Request) -> Response:
     """Into a run (model_id, seq_id), or as a new run (session_id, model_seq_id)."""
     raw = await read_body(request, mine.service.settings.max_body_bytes)
@@ -117,7 +117,7 @@ class GetInfo(Body):
     model_id: str
 
 
-@router.post("/get_info")
+@router.post("/get_info", openapi_extra=takes(GetInfo))
 async def get_info(mine: Mine, request: Request) -> Response:
     body = parse(GetInfo, await read_body(request, mine.service.settings.max_body_bytes))
     run = await mine.run(body.model_id)
@@ -139,7 +139,19 @@ async def get_info(mine: Mine, request: Request) -> Response:
     )
 
 
-@router.post("/forward_backward")
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "ForwardBackwardRequest of tinsmith.proto; or JSON, from older clients",
+        "content": {
+            "application/x-protobuf": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {"schema": {"type": "object"}},
+        },
+    }
+}
+
+
+@router.post("/forward_backward", openapi_extra=_BODY)
 async def forward_backward(mine: MineToChange, request: Request) -> Response:
     body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
     if "protobuf" in request.headers.get("content-type", ""):
@@ -147,7 +159,7 @@ async def forward_backward(mine: MineToChange, request: Request) -> Response:
     return reply(await _forward_backward_json(mine, body, "forward_backward_input"))
 
 
-@router.post("/forward")
+@router.post("/forward", openapi_extra=_BODY)
 async def forward(mine: MineToChange, request: Request) -> Response:
     """Older clients only; newer ones send forward_backward with forward_only."""
     body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
@@ -170,7 +182,7 @@ class OptimStep(Body):
     optimizer_params: Json | None = None
 
 
-@router.post("/optim_step")
+@router.post("/optim_step", openapi_extra=takes(OptimStep))
 async def optim_step(mine: MineToChange, request: Request) -> Response:
     body = await _parse_call(mine, OptimStep, await read_body(request, mine.service.settings.max_body_bytes))
     run = await mine.run(body.model_id)
@@ -190,7 +202,7 @@ class SaveWeights(Body):
     user_metadata: dict[str, str] | None = None
 
 
-@router.post("/save_weights")
+@router.post("/save_weights", openapi_extra=takes(SaveWeights))
 async def save_weights(mine: MineToChange, request: Request) -> Response:
     body = await _parse_call(
         mine, SaveWeights, await read_body(request, mine.service.settings.max_body_bytes)
@@ -204,7 +216,7 @@ class SaveWeightsForSampler(SaveWeights):
     sampling_session_seq_id: int | None = Field(None, ge=0, le=2**31 - 1)
 
 
-@router.post("/save_weights_for_sampler")
+@router.post("/save_weights_for_sampler", openapi_extra=takes(SaveWeightsForSampler))
 async def save_weights_for_sampler(mine: MineToChange, request: Request) -> Response:
     """Named: a checkpoint to sample from later. Unnamed: a sampling session on these weights, at once."""
     raw = await read_body(request, mine.service.settings.max_body_bytes)
@@ -233,7 +245,7 @@ class SaveWeightsExternal(SaveWeights):
     )
 
 
-@router.post("/save_weights_external")
+@router.post("/save_weights_external", openapi_extra=takes(SaveWeightsExternal))
 async def save_weights_external(mine: MineToChange, request: Request) -> Response:
     """Weights in PEFT's form, to be downloaded; encrypted, if age recipients are given."""
     raw = await read_body(request, mine.service.settings.max_body_bytes)
@@ -252,7 +264,7 @@ class WeightsInfo(Body):
     tinker_path: str
 
 
-@router.post("/weights_info")
+@router.post("/weights_info", openapi_extra=takes(WeightsInfo))
 async def weights_info(mine: Mine, request: Request) -> Response:
     body = parse(WeightsInfo, await read_body(request, mine.service.settings.max_body_bytes))
     checkpoint = await mine.readable_checkpoint(body.tinker_path)

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from tinsmith.errors import InvalidInput, NotFound
-from tinsmith_api.bodies import Body, parse, read_body, reply
+from tinsmith_api.bodies import Body, parse, read_body, reply, takes
 from tinsmith_api.journal import artifacts, audit, checkpoints, identities
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.objects import Damaged
@@ -62,7 +62,7 @@ class Ttl(Body):
     ttl_seconds: TtlSeconds | None
 
 
-@router.put(_ONE + "/ttl")
+@router.put(_ONE + "/ttl", openapi_extra=takes(Ttl))
 async def set_ttl(mine: MineToChange, run_id: str, kind: str, name: str, request: Request) -> Response:
     body = parse(Ttl, await read_body(request, mine.service.settings.max_body_bytes))
     path = await _own(mine, run_id, kind, name)
@@ -168,7 +168,7 @@ class CopyWeights(Body):
     weights_access_token: str | None = None
 
 
-@router.post("/copy_weights")
+@router.post("/copy_weights", openapi_extra=takes(CopyWeights))
 async def copy_weights(mine: MineToChange, request: Request) -> Response:
     """A checkpoint that one may read becomes one's own, under a run that cannot be trained. Files are
     shared: nothing is copied but their name."""

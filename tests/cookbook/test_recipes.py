@@ -15,7 +15,7 @@ import pytest
 
 import tinsmith
 from tests.conftest import RunningService
-from tinsmith_cookbook import answers
+from tinsmith_cookbook import answers, data
 from tinsmith_cookbook.recipes import dpo, export, hello, sft, sweep, tenants
 from tinsmith_cookbook.renderers import Renderer
 from tinsmith_cookbook.tracking import read
@@ -219,3 +219,32 @@ def test_sampled_answers_follow_their_seed_and_differ_within_a_request(running: 
         params = tinsmith.SamplingParams(max_tokens=12, seed=5)
         together = sampler.sample(prompt=prompt, num_samples=4, sampling_params=params).result()
         assert len({tuple(s.tokens) for s in together.sequences}) > 1
+
+
+def test_sampler_and_trainer_give_the_same_logprobs_and_forward_gives_the_loss(
+    running: RunningService,
+) -> None:
+    with tinsmith.ServiceClient(base_url=running.url, api_key=running.key) as client:
+        training = client.create_lora_training_client("tinsmith/tiny", rank=4, seed=0).result()
+        renderer = Renderer.of(training)
+        (example,) = renderer.examples([hello.QUESTION, hello.ANSWER])
+        datum = data.datum(example)
+        for _ in range(2):
+            training.forward_backward([datum], "cross_entropy")
+            training.optim_step(tinsmith.AdamParams(learning_rate=1e-3)).result()
+        seen = training.forward([datum], "cross_entropy").result()
+        trained = seen.loss_fn_outputs[0]["logprobs"].to_numpy()
+        weights = datum.loss_fn_inputs["weights"].to_numpy()
+        assert seen.metrics["loss:sum"] == pytest.approx(-float((trained * weights).sum()), rel=1e-5)
+        assert seen.metrics["loss:sum"] > 0
+
+        sampler = training.save_weights_and_get_sampling_client().result()
+        scored = sampler.compute_logprobs(tinsmith.ModelInput.from_ints(example.tokens)).result()
+        assert scored[0] is None
+        np.testing.assert_allclose(np.array(scored[1:], np.float64), trained, atol=1e-4)
+        prompt = tinsmith.ModelInput.from_ints(renderer.prompt([hello.QUESTION]))
+        params = tinsmith.SamplingParams(max_tokens=8, seed=1)
+        drawn = sampler.sample(prompt=prompt, num_samples=1, sampling_params=params).result().sequences[0]
+        whole = tinsmith.ModelInput.from_ints([*prompt.to_ints(), *drawn.tokens])
+        again = sampler.compute_logprobs(whole).result()[-len(drawn.tokens) :]
+        np.testing.assert_allclose(np.array(again, np.float64), drawn.logprobs, atol=1e-4)

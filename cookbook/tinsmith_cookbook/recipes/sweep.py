@@ -17,7 +17,7 @@ from tinsmith_cookbook.renderers import Renderer
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 
-STEPS = options.Steps(full=40, short=16)
+STEPS = options.Steps(full=40, short=12)
 RATES, RANKS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (4, 16, 64)
 BATCH, ROWS, HELD_OUT = 8, 200, 24
 

@@ -19,6 +19,30 @@ class Dataset(pydantic.BaseModel):
     type: Literal["alpaca", "sharegpt", "chat", "preference"] | None = None
 
 
+_ALWAYS = {"base_model", "rl", "adapter", "lora_r", "learning_rate", "micro_batch_size"} | {
+    "gradient_accumulation_steps",
+    "max_steps",
+    "seed",
+    "output_dir",
+    "report_to",
+    "export",
+}
+_PREFERENCES = {"datasets", "val_set_size", "lr_scheduler", "warmup_ratio", "max_grad_norm", "num_epochs"} | {
+    "eval_steps",
+    "beta",
+}
+# What each kind of training makes use of; what it would not is refused, not ignored.
+_USED = {
+    None: _ALWAYS
+    | _PREFERENCES - {"beta"}
+    | {"sequence_len", "sample_packing", "early_stopping_patience", "save_steps"},
+    "dpo": _ALWAYS | _PREFERENCES,
+    "kto": _ALWAYS | _PREFERENCES,
+    "orpo": _ALWAYS | _PREFERENCES,
+    "grpo": _ALWAYS | {"num_generations"},
+}
+
+
 class Config(pydantic.BaseModel):
     """`micro_batch_size` × `gradient_accumulation_steps` examples make a step; the service cuts them into
     passes of its own, so only the product counts. Alpha is the service's (32)."""
@@ -57,25 +81,23 @@ class Config(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Self:
+        how = f"rl: {self.rl}" if self.rl else "supervised training"
+        if self.rl == "grpo" and self.datasets:
+            raise ValueError("rl: grpo makes its own problems: leave datasets out")
+        if unused := sorted(self.model_fields_set - _USED[self.rl]):
+            raise ValueError(f"{how} makes no use of {', '.join(unused)}: leave it out")
         if (self.num_epochs is None) == (self.max_steps is None):
             raise ValueError("give num_epochs or max_steps, one of them")
-        if self.rl == "grpo":
-            if self.datasets:
-                raise ValueError("rl: grpo makes its own problems: leave datasets out")
-            if self.max_steps is None:
-                raise ValueError("rl: grpo has no epochs: give max_steps")
-        elif not self.datasets:
+        if self.rl != "grpo" and not self.datasets:
             raise ValueError("datasets is missing: a list of {path, type}")
         kinds = {dataset.type for dataset in self.datasets}
         if self.rl in ("dpo", "kto", "orpo"):
             if len(self.datasets) > 1 or kinds - {None, "preference"}:
-                raise ValueError(
-                    f"rl: {self.rl} takes one dataset, of type preference: prompt, chosen, rejected"
-                )
+                raise ValueError(f"{how} takes one dataset, of type preference: prompt, chosen, rejected")
+            if self.val_set_size == 0:
+                raise ValueError(f"{how} is judged by held-out pairs: val_set_size must be above 0")
         elif "preference" in kinds:
             raise ValueError("a dataset of type preference needs rl: dpo, kto or orpo")
-        if self.rl and self.sample_packing:
-            raise ValueError("sample_packing goes with supervised training alone")
         return self
 
     @property

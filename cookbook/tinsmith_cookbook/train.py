@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = check(chosen)
     except (BadConfig, data.BadData) as error:
         sys.exit(f"tinsmith: {error}")
+    if given.resume and chosen.rl:
+        sys.exit(f"tinsmith: --resume goes with supervised training; rl: {chosen.rl} starts afresh")
     recipe, arguments = command(chosen, resume=given.resume)
     print(f"{rows} rows. python -m tinsmith_cookbook.recipes.{recipe} {shlex.join(arguments)}", flush=True)
     if given.check:

@@ -73,7 +73,10 @@ def test_the_examples_data_is_what_the_generators_make() -> None:
         ({"datasets": [{"path": "rows.jsonl", "type": "parquet"}]}, "datasets.0.type: Input should be"),
         ({"datasets": [{"path": "rows.jsonl", "type": "preference"}]}, "needs rl: dpo, kto or orpo"),
         ({"rl": "dpo", "datasets": [{"path": "rows.jsonl", "type": "alpaca"}]}, "of type preference"),
-        ({"rl": "dpo", "sample_packing": True}, "supervised training alone"),
+        ({"rl": "dpo", "sample_packing": True}, "rl: dpo makes no use of sample_packing: leave it out"),
+        ({"rl": "dpo", "val_set_size": 0}, "val_set_size must be above 0"),
+        ({"beta": 0.1}, "supervised training makes no use of beta"),
+        ({"rl": "grpo", "datasets": None, "warmup_ratio": 0.1}, "rl: grpo makes no use of warmup_ratio"),
         ({"rl": "grpo"}, "makes its own problems"),
         ({"rl": "ppo2"}, "rl: Input should be"),
     ],
@@ -91,6 +94,13 @@ def test_files_that_are_no_yaml_are_refused(folder: Path) -> None:
         file.write_text(text)
         with pytest.raises(BadConfig, match=sentence):
             config.read(file)
+
+
+def test_a_run_of_preferences_has_no_place_to_go_on_from(folder: Path) -> None:
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in toys.brevity(4, 0)]
+    toys.write(folder / "rows.jsonl", rows)
+    with pytest.raises(SystemExit, match="--resume goes with supervised training"):
+        train.main([str(written(folder, rl="dpo")), "--resume"])
 
 
 def test_bad_rows_are_named_before_a_service_is_started(folder: Path) -> None:

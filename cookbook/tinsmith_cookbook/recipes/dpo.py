@@ -34,6 +34,8 @@ def train(
     )
     renderer = Renderer.of(policy)
     pairs, held_out = data.split(read(settings), settings.val_set_size, settings.seed)
+    if not held_out:
+        raise data.BadData(f"--val-set-size {settings.val_set_size} leaves no pair to be judged by")
     steps = math.ceil(settings.epochs * len(pairs) / settings.batch) if settings.epochs else settings.steps
     batches = Batches(pairs, settings.batch, steps, settings.seed)
     peak = settings.learning_rate or LEARNING_RATES[settings.loss]

@@ -88,12 +88,17 @@ RECIPES = [
         "rl",
         {"accuracy_before": (0, 0.75), "accuracy_after": (0.85, 1)},
     ),
-    Recipe("rl-losses", "Every loss, and samples some steps old", "rl_losses", {"ways": (9, 9)}),
+    Recipe(
+        "rl-losses",
+        "Every loss, and samples some steps old",
+        "rl_losses",
+        {"ways": (9, 9), "smallest_gain": (0, 1)},
+    ),
     Recipe(
         "rlhf",
         "RLHF: supervised, a reward model, reinforcement learning",
         "rlhf",
-        {"agreement_after": (0.7, 1), "win_rate": (0.5, 1)},
+        {"agreement_after": (0.8, 1), "win_rate": (0.55, 1)},
     ),
     Recipe(
         "distill",
@@ -120,7 +125,12 @@ RECIPES = [
         "synthetic",
         "Questions and answers made from documents, checked",
         "synthetic",
-        {"right_of_kept": (0.6, 1), "exam_after": (0.1, 1)},
+        {"right_of_kept": (0.85, 1), "exam_before": (0, 0.15), "exam_after": (0.4, 1)},
     ),
-    Recipe("evaluate", "Evaluation of a base and an adapter", "evaluate", {"number_only_trained": (0.3, 1)}),
+    Recipe(
+        "evaluate",
+        "Evaluation of a base and an adapter",
+        "evaluate",
+        {"number_only_trained": (0.9, 1), "sums_trained": (0.85, 1)},
+    ),
 ]

@@ -1,6 +1,9 @@
 """All losses for reinforcement learning side by side: the recipe rl.py once with each, at the same time, as
 runs of one service; and some of them with two updates a batch, or two steps behind.
 
+On samples of the very weights that are trained, with one update a batch, all of them have the same gradient
+(every ratio is 1) and give the same curve. They differ once the ratio does.
+
 Each leaves its metrics in a folder of its own under --out; the table and the curve are made from these.
 """
 
@@ -14,7 +17,7 @@ from tinsmith_cookbook.recipes import rl
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 
-STEPS = options.Steps(full=25, short=8)
+STEPS = options.Steps(full=25, short=6)
 PROBLEMS = 6
 WAYS = (
     *(f"--loss {loss}" for loss in rl.LOSSES),

@@ -190,6 +190,7 @@ async def train(
     return {
         "sft_nll_first": tracker.column("sft_nll")[0],
         "sft_nll_last": tracker.column("sft_nll")[-1],
+        "held_out_comparisons": len(unseen),
         "agreement_before": await untrained.agreement(unseen),
         "agreement_after": await trained.agreement(unseen),
         "win_rate": await wins(stage_3, stage_1, renderer, held_out),

@@ -23,9 +23,9 @@ from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 from tinsmith_cookbook.tictactoe import Board, best_move, random_move, read_move
 
-STEPS = options.Steps(full=30, short=10)
-POSITIONS, GROUP, DISCOUNT, GAMES_JUDGED = 8, 8, 0.7, 60
-RANK, LEARNING_RATE, MAX_TOKENS = 16, 1e-3, 3
+STEPS = options.Steps(full=40, short=15)
+POSITIONS, GROUP, DISCOUNT, GAMES_JUDGED = 6, 8, 0.7, 60
+RANK, LEARNING_RATE, MAX_TOKENS = 16, 2e-3, 3
 
 
 @dataclass
@@ -74,9 +74,9 @@ async def play(
 
 
 def position(draw: random.Random) -> Board:
-    """After none to six moves at random that did not end the game."""
+    """After two to six moves at random that did not end the game."""
     board = Board()
-    for _ in range(draw.randrange(7)):
+    for _ in range(draw.randrange(2, 7)):
         board = board.play(random_move(board, draw))
     return position(draw) if board.is_over else board
 
@@ -117,7 +117,7 @@ async def train(
             "x_wins": sum(g.board.winner == "X" for g in games) / len(games),
             **rollouts.kl(used, passed),
         }
-        if step % 5 == 4 or step + 1 == settings.steps:
+        if step % 10 == 9 or step + 1 == settings.steps:
             after = await standing(await training.save_weights_and_get_sampling_client(), renderer)
             numbers |= {f"{who}_{what}": row[what] for who, row in after.items() for what in ("won", "lost")}
         tracker.log(step, numbers)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import tinsmith
@@ -53,7 +52,7 @@ def main() -> None:
 
 def train(client: tinsmith.ServiceClient) -> None:
     training = client.create_lora_training_client(MODEL, rank=32, seed=0).result()
-    tokenizer = Tokenizer.from_file(f"{training.get_info().model_data.tokenizer_id}/tokenizer.json")
+    tokenizer = training.get_tokenizer()
     data = [datum(tokenizer, question, answer) for question, answer in FACTS]
     before = ask(training, tokenizer)
 
@@ -91,10 +90,10 @@ def train(client: tinsmith.ServiceClient) -> None:
     draw(history)
 
 
-def datum(tokenizer: Tokenizer, question: str, answer: str) -> tinsmith.Datum:
+def datum(tokenizer: tinsmith.Tokenizer, question: str, answer: str) -> tinsmith.Datum:
     """Position i predicts token i + 1; only the answer's tokens count."""
-    prompt = tokenizer.encode(prompt_for(question)).ids
-    answered = tokenizer.encode(f"{answer}<|im_end|>").ids
+    prompt = tokenizer.encode(prompt_for(question))
+    answered = tokenizer.encode(f"{answer}<|im_end|>")
     tokens = [*prompt, *answered]
     weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answered)
     return tinsmith.Datum(
@@ -112,13 +111,14 @@ def learning_rate(step: int) -> float:
     return LEARNING_RATE * rise * 0.5 * (1 + float(np.cos(np.pi * step / STEPS)))
 
 
-def ask(training: tinsmith.TrainingClient, tokenizer: Tokenizer) -> list[str]:
+def ask(training: tinsmith.TrainingClient, tokenizer: tinsmith.Tokenizer) -> list[str]:
     """The model's own answer to every question, under the weights of this moment."""
     sampler = training.save_weights_and_get_sampling_client().result()
     greedy = tinsmith.SamplingParams(max_tokens=12, temperature=0.0)
-    prompts = [tinsmith.ModelInput.from_ints(tokenizer.encode(prompt_for(q)).ids) for q, _ in FACTS]
+    prompts = [tinsmith.ModelInput.from_ints(tokenizer.encode(prompt_for(q))) for q, _ in FACTS]
     answers = [sampler.sample(prompt, 1, greedy) for prompt in prompts]
-    return [tokenizer.decode(answer.result().sequences[0].tokens) for answer in answers]
+    sampled = [answer.result().sequences[0].tokens for answer in answers]
+    return tokenizer.batch_decode(sampled, skip_special_tokens=True)
 
 
 def report(before: list[str], after: list[str]) -> None:

@@ -2,13 +2,13 @@
 # make demo      fine-tune a small model through a service of your own
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
-# make bench-control, bench-load, chaos, proto, lint, gpu-check, base: see below
+# make bench-train, bench-control, bench-load, chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: install demo cookbook test lint bench-control bench-load chaos proto gpu-check base
+.PHONY: install demo cookbook test lint bench-train bench-control bench-load chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -63,6 +63,11 @@ lint: install
 	.venv/bin/ruff check -q .
 	.venv/bin/ruff format -q --check . || { .venv/bin/ruff format --check . | head -20; exit 1; }
 	.venv/bin/mypy --no-error-summary
+
+# Whole training steps of the engine and of transformers + PEFT (ARGS="--parts tenants,profile"). On a CUDA machine
+# with PyTorch, transformers and peft but nothing of ours: PYTHONPATH=client:api:worker python3 tests/benchmarks/train.py
+bench-train: install
+	.venv/bin/python tests/benchmarks/train.py $(ARGS)
 
 # The control plane alone: a service with an engine that computes nothing.
 bench-control: install

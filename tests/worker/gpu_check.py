@@ -1,6 +1,6 @@
-"""Does the engine compute on this machine's GPU what transformers + PEFT compute, and how fast?
+"""Does the engine compute on this machine's GPU what transformers + PEFT compute? (How fast: bench-train.)
 
-    PYTHONPATH=client:api:worker python tests/worker/gpu_check.py           # a CUDA GPU of 80 GB, five minutes
+    PYTHONPATH=client:api:worker python tests/worker/gpu_check.py           # a CUDA GPU, three minutes
     PYTHONPATH=client:api:worker python tests/worker/gpu_check.py --tiny    # any machine, small shapes
 
 Needs torch, transformers, peft, numpy and safetensors; downloads nothing, all weights are random. Each part
@@ -9,23 +9,20 @@ Prints a table last; with OUT set in the environment writes gpu_check.json there
 """
 
 import argparse
-import gc
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tinsmith.wire.batch import TrainInput
 from tinsmith_worker.contract import AdamParams, Failure, LoraSpec, SampleInput, SampleOutput, Work
@@ -47,17 +44,6 @@ SMALL: Shape = {
     "vocab_size": 4096,
     "max_position_embeddings": 2048,
     "initializer_range": 0.02,
-}
-QWEN3_8B: Shape = {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
 }
 TINY = SMALL | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 16}
 
@@ -86,12 +72,21 @@ def error(found: Any, expected: Any) -> float:
 
 
 def engine_with(
-    shape: Shape, dtype: torch.dtype, *, grouped: bool | None = None, **settings: Any
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    kernels: bool = True,
+    compiled: bool = False,
+    recompute: bool = False,
+    **settings: Any,
 ) -> TorchEngine:
     base = Base(tiny.model(dtype=dtype, **shape).to(DEVICE))
     engine = TorchEngine(base, EngineSettings(**{"max_tokens_per_pass": 1024, **settings}))
-    if grouped is not None:
-        base.grouped_deltas = grouped
+    base.kernels &= kernels
+    if compiled:
+        engine.warm_up()
+    if recompute:
+        base._layers_beyond_memory = lambda _: 3  # type: ignore[method-assign]
     for run, (spec, _) in TENANTS.items():
         engine.restore(run, tiny.trained(base, spec, seed=spec.seed, spread=0.02))
     return engine
@@ -151,14 +146,21 @@ def check_numbers(shape: Shape) -> list[Finding]:
 
 
 def check_packing(shape: Shape) -> list[Finding]:
-    """Tenants packed together against each alone, and grouped products against the loop over adapters."""
+    """Tenants packed together against each alone, and every way to compute against the plainest."""
     findings = []
     for dtype, limit in ((torch.float32, 5e-5), (torch.bfloat16, 0.05)):
         packed = trained(engine_with(shape, dtype), list(TENANTS))
-        alone = {run: trained(engine_with(shape, dtype), [run])[run] for run in TENANTS}
-        loop = trained(engine_with(shape, dtype, grouped=False), list(TENANTS))
-        for what, others in (("each alone", alone), ("the loop over adapters", loop)):
-            worst = max(error(a, b) for run in TENANTS for a, b in zip(packed[run], others[run], strict=True))
+        others = {
+            "each alone": {run: trained(engine_with(shape, dtype), [run])[run] for run in TENANTS},
+            "the loop over adapters": trained(engine_with(shape, dtype, kernels=False), list(TENANTS)),
+            "activations computed anew": trained(engine_with(shape, dtype, recompute=True), list(TENANTS)),
+        }
+        if dtype == torch.bfloat16:
+            others["layers compiled"] = trained(engine_with(shape, dtype, compiled=True), list(TENANTS))
+            both = engine_with(shape, dtype, compiled=True, recompute=True)
+            others["compiled and computed anew"] = trained(both, list(TENANTS))
+        for what, other in others.items():
+            worst = max(error(a, b) for run in TENANTS for a, b in zip(packed[run], other[run], strict=True))
             findings.append(
                 {
                     "check": f"packed against {what}, {dtype}".replace("torch.", ""),
@@ -171,21 +173,88 @@ def check_packing(shape: Shape) -> list[Finding]:
     return findings
 
 
+def check_attention(shape: Shape) -> list[Finding]:
+    """Sequences of one length, which another kernel takes, against each by itself; and the bits of AdamW's kernel
+    against torch's own, as near as fused operations are."""
+    given = tiny.batch("cross_entropy", (256, 256, 256, 256), seed=7)
+    found = []
+    for one_by_one in (False, True):
+        engine = engine_with(shape, torch.bfloat16)
+        engine.forward_backward([Work("all", given)])
+        if one_by_one:
+            engine = engine_with(shape, torch.bfloat16)
+            for n in range(4):
+                rows = slice(256 * n, 256 * (n + 1))
+                part = replace(
+                    given,
+                    lengths_S=given.lengths_S[:1],
+                    tokens_T=given.tokens_T[rows],
+                    targets_TK=given.targets_TK[rows],
+                    target_widths_S=given.target_widths_S[:1],
+                    columns={name: column[rows] for name, column in given.columns.items()},
+                )
+                engine.forward_backward([Work("all", part)])
+        found.append(engine.state("all").gradient)
+    worst = error(*found)
+    findings = [
+        {
+            "check": "equal lengths together against one by one, bfloat16",
+            "error": worst,
+            "limit": 0.05,
+            "passed": worst <= 0.05,
+        }
+    ]
+    params = AdamParams(1e-2, weight_decay=0.1, grad_clip_norm=0.5)
+    before, wanted = engine.state("all"), engine.state("all")
+    weights = torch.tensor(before.weights).requires_grad_()
+    weights.grad = torch.tensor(before.gradient)
+    torch.nn.utils.clip_grad_norm_([weights], 0.5)
+    torch.optim.AdamW([weights], lr=1e-2, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1).step()
+    answer = tiny.step(engine, "all", params)
+    assert isinstance(answer, dict), answer
+    moved = error(engine.state("all").weights - wanted.weights, weights.detach().numpy() - wanted.weights)
+    findings.append(
+        {"check": "one step of AdamW against torch's", "error": moved, "limit": 1e-4, "passed": moved <= 1e-4}
+    )
+    engine._adapters["all"].open_gradient()
+    engine._adapters["all"].gradient[3] = float("nan")  # type: ignore[index]
+    kept = engine.state("all")
+    failed = tiny.step(engine, "all", params)
+    after = engine.state("all")
+    unharmed = (
+        isinstance(failed, Failure) and np.array_equal(kept.weights, after.weights) and after.gradient is None
+    )
+    findings.append(
+        {
+            "check": "a gradient that is not finite changes nothing",
+            "error": float(not unharmed),
+            "limit": 0.0,
+            "passed": unharmed,
+        }
+    )
+    for finding in findings:
+        say(finding)
+    return findings
+
+
 def check_deterministic(shape: Shape) -> list[Finding]:
     """In deterministic mode a tenant's bits are its own: packed with anyone in any order, and run again."""
     findings = []
     orders = [list(TENANTS), list(TENANTS)[::-1], ["one token", "all", "mlp"], ["all", "no unembed"]]
-    for dtype in (torch.float32, torch.bfloat16):
-        alone = {run: trained(engine_with(shape, dtype, deterministic=True), [run])[run] for run in TENANTS}
+    for dtype, compiled in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        make = functools.partial(engine_with, shape, dtype, deterministic=True, compiled=compiled)
+        alone = {run: trained(make(), [run])[run] for run in TENANTS}
         differing = [
             f"{run} of {len(order)}"
             for order in [*orders, orders[0]]
-            for run, found in trained(engine_with(shape, dtype, deterministic=True), order).items()
+            for run, found in trained(make(), order).items()
             if not all(np.array_equal(a, b) for a, b in zip(found, alone[run], strict=True))
         ]
         findings.append(
             {
-                "check": f"deterministic mode: packed bits equal alone, {dtype}".replace("torch.", ""),
+                "check": f"deterministic mode: packed bits equal alone, {dtype}{', compiled' * compiled}".replace(
+                    "torch.", ""
+                ),
                 "error": float(len(differing)),
                 "limit": 0.0,
                 "passed": not differing,
@@ -242,128 +311,14 @@ def _next_tokens(tokens: np.ndarray) -> TrainInput:
     )
 
 
-def check_speed(*, tiny_shapes: bool) -> list[Finding]:
-    """Whole training steps, tokens per second: transformers + PEFT one adapter at a time, and the engine."""
-    shape = TINY if tiny_shapes else QWEN3_8B
-    scale = 16 if tiny_shapes else 1
-    rank = 8 if tiny_shapes else 32
-    cases = [("1 tenant x 32 x 512", 1, 32, 512 // scale), ("16 tenants x 8 x 128", 16, 8, 128 // scale)]
-    config = Qwen3Config(**shape)
-    say("transformers + PEFT")
-    model = _random_model(config)
-    baseline = {name: _time_peft(model, rank, *case) for name, *case in cases}
-    del model
-    _free()
-    say("the engine")
-    base = Base(_random_model(config))
-    findings = []
-    for name, tenants, sequences, length in cases:
-        engine = TorchEngine(base)
-        found = _time_engine(engine, rank, tenants, sequences, length)
-        findings.append(
-            {"speed": name, "tokens/s": found["tokens/s"], "PEFT tokens/s": baseline[name]["tokens/s"]}
-            | {
-                "ratio": found["tokens/s"] / baseline[name]["tokens/s"],
-                "engine": found,
-                "PEFT": baseline[name],
-            }
-        )
-        say(findings[-1])
-        if tenants > 1 and base.grouped_deltas:
-            base.grouped_deltas = False
-            by_loop = _time_engine(engine, rank, tenants, sequences, length)
-            base.grouped_deltas = True
-            findings[-1]["engine, loop over adapters"] = by_loop
-            say("loop over adapters", by_loop)
-        del engine
-        _free()
-    return findings
-
-
-def _random_model(config: Any) -> Any:
-    with DEVICE:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def _time_peft(model: Any, rank: int, tenants: int, sequences: int, length: int) -> Finding:
-    """One adapter trained `tenants` times stands for so many: switching them would only add to the time."""
-    modules = tiny.ATTENTION + tiny.MLP
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, target_modules=modules)).train()
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), fused=DEVICE.type == "cuda")
-    tokens = torch.randint(0, 1000, (sequences, length + 1), device=DEVICE)
-    at_once = max(1, 8192 // length)
-
-    def step() -> None:
-        for _ in range(tenants):
-            for some in tokens.split(at_once):
-                logits = wrapped(input_ids=some[:, :-1], use_cache=False).logits
-                F.cross_entropy(
-                    logits.float().flatten(0, 1), some[:, 1:].flatten(), reduction="sum"
-                ).backward()
-                del logits
-            optimizer.step()
-            optimizer.zero_grad()
-
-    found = _timed(step, tenants * sequences * length)
-    wrapped.unload()
-    return found
-
-
-def _time_engine(engine: TorchEngine, rank: int, tenants: int, sequences: int, length: int) -> Finding:
-    work = []
-    for number in range(tenants):
-        engine.create(str(number), LoraSpec(rank, number, train_unembed=False))
-        work.append(Work(str(number), tiny.batch("cross_entropy", (length,) * sequences, seed=number)))
-
-    def step() -> None:
-        engine.forward_backward(work)
-        for one in work:
-            answer = engine.optim_step(one.run_id, AdamParams(1e-5))
-            assert not isinstance(answer, Failure), answer
-
-    found = _timed(step, tenants * sequences * length)
-    for one in work:
-        engine.drop(one.run_id)
-    return found
-
-
-def _timed(step: Callable[[], None], tokens: int, repeats: int = 3) -> Finding:
-    """The fastest of some steps after one to warm up, and the most memory one took."""
-    step()
-    _synchronize()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        _synchronize()
-        seconds.append(time.perf_counter() - start)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
-    return {"tokens/s": tokens / min(seconds), "seconds": seconds, "peak GiB": memory}
-
-
-def _synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _free() -> None:
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-PARTS = ["numbers", "packing", "deterministic", "sampler", "speed"]
+PARTS = ["numbers", "packing", "attention", "deterministic", "sampler"]
 
 
 def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
-    if part == "speed":
-        return check_speed(tiny_shapes=tiny_shapes)
     checks = {
         "numbers": check_numbers,
         "packing": check_packing,
+        "attention": check_attention,
         "deterministic": check_deterministic,
         "sampler": check_sampler,
     }
@@ -393,17 +348,8 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"{'FAILED':7} {part}: {findings}, see above")
             continue
         for found in findings:
-            if "check" in found:
-                verdict = "ok" if found["passed"] else "FAILED"
-                lines.append(
-                    f"{verdict:7} {found['check']:62} {found['error']:.2e} (limit {found['limit']:.0e})"
-                )
-            else:
-                lines.append(
-                    f"{'speed':7} {found['speed']:24} engine {found['tokens/s']:8.0f} tokens/s, "
-                    f"PEFT {found['PEFT tokens/s']:8.0f}, ratio {found['ratio']:.2f}, "
-                    f"peak {found['engine']['peak GiB']:.0f} against {found['PEFT']['peak GiB']:.0f} GiB"
-                )
+            verdict = "ok" if found["passed"] else "FAILED"
+            lines.append(f"{verdict:7} {found['check']:62} {found['error']:.2e} (limit {found['limit']:.0e})")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ def trained_engine(spec: LoraSpec, steps: int = 2) -> TorchEngine:
     engine.create("run", spec)
     for number in range(steps):
         engine.forward_backward([Work("run", tiny.batch(seed=number))])
-        engine.optim_step("run", PARAMS)
+        tiny.step(engine, "run", PARAMS)
     return engine
 
 
@@ -61,7 +61,7 @@ def test_training_resumed_from_files_equals_training_uninterrupted_bit_for_bit(i
     for engine in (uninterrupted, resumed):
         for number in (11, 12):
             engine.forward_backward([Work("run", tiny.batch(seed=number))])
-            engine.optim_step("run", PARAMS)
+            tiny.step(engine, "run", PARAMS)
     assert_equal_states(resumed.state("run"), uninterrupted.state("run"))
 
 

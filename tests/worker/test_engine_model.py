@@ -23,7 +23,7 @@ from tests.worker import tiny
 from tinsmith.errors import InvalidInput
 from tinsmith_worker.contract import LoraSpec, SampleInput, SampleOutput
 from tinsmith_worker.engine import TorchEngine
-from tinsmith_worker.model import Base, fit_grouped_products
+from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import TorchSampler
 
 SHAPE = {
@@ -135,9 +135,17 @@ def test_a_model_that_breaks_in_the_probe_is_refused_with_one_sentence() -> None
         Base(model)
 
 
-def test_a_vocabulary_of_any_size_leaves_the_layers_their_grouped_products() -> None:
-    assert fit_grouped_products(tiny.base(vocab_size=161).sites)
-    assert not fit_grouped_products(tiny.base(intermediate_size=97).sites)
+def test_linears_that_are_given_the_same_input_are_one_group() -> None:
+    groups: dict[int, list[str]] = {}
+    for site in tiny.base().sites:
+        groups.setdefault(site.group, []).append(site.name.rpartition(".")[2])
+    of_layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert list(groups.values()) == [*of_layer, *of_layer, ["lm_head"]]
+
+
+def test_inputs_whose_width_would_leave_gaps_between_adapters_matrices_make_no_groups() -> None:
+    sites = tiny.base(hidden_size=72).sites
+    assert len({site.group for site in sites}) == len(sites)
 
 
 def test_heads_whose_values_are_narrower_than_their_queries_train_and_sample_as_in_transformers() -> None:

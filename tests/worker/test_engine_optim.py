@@ -34,7 +34,7 @@ def test_steps_equal_torch_adamw_on_peft(steps: list[AdamParams]) -> None:
     for number, params in enumerate(steps):
         given = tiny.batch(seed=number)
         engine.forward_backward([Work("run", given)])
-        metrics = engine.optim_step("run", params)
+        metrics = tiny.step(engine, "run", params)
         tiny.reference(model, given)
         norm = torch.nn.utils.clip_grad_norm_(trained, params.grad_clip_norm or float("inf"))
         optimizer.param_groups[0].update(
@@ -71,7 +71,7 @@ def test_a_step_has_torch_adamws_bits() -> None:
             tensor.grad = torch.tensor(gradient)
         torch.nn.utils.clip_grad_norm_(tensors, 0.7)
         optimizer.step()
-        engine.optim_step("run", AdamParams(1e-2, weight_decay=0.1, grad_clip_norm=0.7))
+        tiny.step(engine, "run", AdamParams(1e-2, weight_decay=0.1, grad_clip_norm=0.7))
     after = engine.state("run")
     for tensor, found in zip(tensors, tiny.tensors(after, after.weights).values(), strict=True):
         assert np.array_equal(tensor.detach().numpy(), found)
@@ -82,9 +82,9 @@ def test_the_gradient_is_gone_after_a_step() -> None:
     engine.create("run", LoraSpec(8, 0))
     engine.forward_backward([Work("run", tiny.batch())])
     assert engine.state("run").gradient is not None
-    engine.optim_step("run", PLAIN)
+    tiny.step(engine, "run", PLAIN)
     assert engine.state("run").gradient is None
-    metrics = engine.optim_step("run", PLAIN)
+    metrics = tiny.step(engine, "run", PLAIN)
     assert isinstance(metrics, dict)
     assert metrics["grad_norm"] == 0
 
@@ -94,9 +94,9 @@ def test_a_step_without_a_gradient_is_a_step_on_zeros() -> None:
     engine = TorchEngine(base)
     engine.restore("run", tiny.trained(base, LoraSpec(8, 0)))
     engine.forward_backward([Work("run", tiny.batch())])
-    engine.optim_step("run", PLAIN)
+    tiny.step(engine, "run", PLAIN)
     before = engine.state("run")
-    engine.optim_step("run", PLAIN)
+    tiny.step(engine, "run", PLAIN)
     after = engine.state("run")
     assert after.step == 2
     assert before.moment1 is not None
@@ -109,12 +109,12 @@ def test_a_gradient_that_is_not_finite_fails_the_step_and_changes_nothing(value:
     engine = TorchEngine(tiny.base())
     engine.create("run", LoraSpec(8, 0))
     engine.forward_backward([Work("run", tiny.batch())])
-    engine.optim_step("run", PLAIN)
+    tiny.step(engine, "run", PLAIN)
     before = engine.state("run")
     bad = tiny.batch()
     bad.columns["weights"][5] = value
     engine.forward_backward([Work("run", bad)])
-    answer = engine.optim_step("run", PLAIN)
+    answer = tiny.step(engine, "run", PLAIN)
     assert isinstance(answer, Failure)
     assert answer.category == "user"
     assert "not finite" in answer.message
@@ -125,13 +125,34 @@ def test_a_gradient_that_is_not_finite_fails_the_step_and_changes_nothing(value:
     assert np.array_equal(after.moment1, before.moment1)
     assert np.array_equal(after.moment2, before.moment2)
     engine.forward_backward([Work("run", tiny.batch())])
-    assert isinstance(engine.optim_step("run", PLAIN), dict)
+    assert isinstance(tiny.step(engine, "run", PLAIN), dict)
+
+
+def test_runs_that_step_together_equal_each_by_itself_and_a_bad_gradient_fails_alone() -> None:
+    bad = tiny.batch()
+    bad.columns["weights"][5] = np.nan
+    given = {"one": tiny.batch(seed=1), "bad": bad, "two": tiny.batch("dro", seed=2)}
+    params = {"one": PLAIN, "bad": PLAIN, "two": AdamParams(3e-3, beta1=0.5, weight_decay=0.2)}
+    found = []
+    for together in (True, False):
+        engine = TorchEngine(tiny.base())
+        for number, (run, batch) in enumerate(given.items()):
+            engine.create(run, LoraSpec(8, number))
+            engine.forward_backward([Work(run, batch)])
+        if together:
+            answers = engine.optim_steps(list(params.items()))
+        else:
+            answers = [tiny.step(engine, run, of_run) for run, of_run in params.items()]
+        assert [isinstance(answer, Failure) for answer in answers] == [False, True, False]
+        found.append([answers[0], answers[2], *(engine.state(run).weights for run in given)])
+    for a, b in zip(*found, strict=True):
+        assert a == b if isinstance(a, dict) else np.array_equal(a, b)
 
 
 def test_an_eps_of_zero_is_refused_with_a_sentence() -> None:
     engine = TorchEngine(tiny.base())
     engine.create("run", LoraSpec(8, 0))
-    answer = engine.optim_step("run", replace(PLAIN, eps=0.0))
+    answer = tiny.step(engine, "run", replace(PLAIN, eps=0.0))
     assert isinstance(answer, Failure)
     assert "eps" in answer.message
 
@@ -158,7 +179,7 @@ def test_parameters_that_float32_cannot_compute_with_fail_the_step_and_leave_eve
     engine.create("run", LoraSpec(8, 0))
     engine.forward_backward([Work("run", tiny.batch())])
     before = engine.state("run")
-    answer = engine.optim_step("run", params)
+    answer = tiny.step(engine, "run", params)
     assert isinstance(answer, Failure)
     assert (answer.category, named in answer.message) == ("user", True)
     after = engine.state("run")
@@ -166,7 +187,7 @@ def test_parameters_that_float32_cannot_compute_with_fail_the_step_and_leave_eve
     assert np.array_equal(after.weights, before.weights)
     assert before.gradient is not None
     assert np.array_equal(after.gradient, before.gradient)
-    assert isinstance(engine.optim_step("run", PLAIN), dict)
+    assert isinstance(tiny.step(engine, "run", PLAIN), dict)
 
 
 def test_steps_far_below_a_bfloat16_weights_resolution_add_up_in_the_masters() -> None:
@@ -183,7 +204,7 @@ def test_steps_far_below_a_bfloat16_weights_resolution_add_up_in_the_masters() -
             if rounded:
                 weights.copy_(weights.bfloat16())
             sums.append(float(engine.forward_backward([Work("run", given)])[0].losses_T.sum()))
-            engine.optim_step("run", AdamParams(5e-5))
+            tiny.step(engine, "run", AdamParams(5e-5))
         fall[rounded] = sums[0] - sums[-1]
     assert fall[False] > 1
     assert fall[False] > 2 * fall[True]

@@ -1,6 +1,5 @@
 """Many tenants in one pass: each gets the numbers it would get alone."""
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -170,44 +169,19 @@ def test_infinite_ratios_stay_in_their_own_operation(alone: Results) -> None:
     assert tiny.worst(engine.state("ada").gradient, alone["ada"][3]) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
-def test_grouped_products_equal_the_loop_over_adapters(dtype: torch.dtype, tolerance: float) -> None:
-    results = []
-    for grouped in (False, True):
-        engine = TorchEngine(tiny.base(dtype=dtype, **MODEL), EngineSettings(max_tokens_per_pass=512))
-        engine.base.grouped_deltas = grouped
-        for run, (spec, _) in TENANTS.items():
-            engine.restore(run, tiny.trained(engine.base, spec, seed=spec.seed))
-        results.append(train(engine, list(TENANTS)))
-    for run in TENANTS:
-        for a, b in zip(results[0][run], results[1][run], strict=True):
-            assert 0 < np.linalg.norm(a) < np.inf, run
-            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), run
-
-
-def test_adapters_of_one_pass_go_through_one_grouped_product() -> None:
+def test_rows_of_a_pass_are_cut_into_tiles_and_chunks_from_where_each_segment_begins() -> None:
+    """So that an adapter's sums are the same wherever its rows are."""
     base = tiny.base()
-    several = [base.new_adapter(LoraSpec(rank, 0)) for rank in (8, 8, 5)]
-    rows = [Segment(i * 10, i * 10 + 10, adapter) for i, adapter in enumerate(several)]
-    device = torch.device("cpu")
-    assert isinstance(lora.deltas(rows, "mlp", grouped=True, device=device), lora.Grouped)
-    assert isinstance(lora.deltas(rows, "mlp", grouped=False, device=device), lora.Loop)
-    assert isinstance(lora.deltas(rows[:1], "mlp", grouped=True, device=device), lora.Loop)
-    with_gap = [rows[0], Segment(10, 20, None), rows[2]]
-    assert isinstance(lora.deltas(with_gap, "mlp", grouped=True, device=device), lora.Loop)
-    twice = [rows[0], rows[1], Segment(20, 30, several[0])]
-    assert isinstance(lora.deltas(twice, "mlp", grouped=True, device=device), lora.Loop)
-    assert lora.deltas([Segment(0, 9, None)], "mlp", grouped=True, device=device) is None
-
-
-def test_adapters_that_do_not_act_on_a_kind_of_site_leave_no_gap_among_those_that_do() -> None:
-    """Grouped products need their rows in one stretch: the engine orders a pass so, whatever order the work came in."""
-    engine = make()
-    for runs in itertools.permutations(["bob", "cyd", "ada", "eve"]):
-        pieces = [p for run in runs for p in engine._pieces(Work(run, TENANTS["fay"][1]), torch.empty(1, 2))]
-        (only,) = engine._passes(pieces)
-        segments = engine._pack(only).segments
-        for kind in ("attn", "mlp"):
-            assert isinstance(
-                lora.deltas(segments, kind, grouped=True, device=torch.device("cpu")), lora.Grouped
-            )
+    one, two = (base.new_adapter(LoraSpec(8, seed)) for seed in (0, 1))
+    segments = [Segment(10, 80, one), Segment(80, 90, one), Segment(90, 91 + 2 * lora.CHUNK_ROWS, two)]
+    number = {id(one): 0, id(two): 1}
+    rows = segments[-1].stop + 5
+    tiles = lora.tiles(segments, number, rows)
+    assert tiles[:5].tolist() == [[0, 10, -1], [10, 74, 0], [74, 80, 0], [80, 90, 0], [90, 154, 1]]
+    assert tiles[-1].tolist() == [rows - 5, rows, -1]
+    assert (tiles[1:, 0] == tiles[:-1, 1]).all(), "no row is left out"
+    chunks, spans = lora.chunks(segments, number)
+    assert chunks[:, 2:].tolist() == [[0, 0], [0, 1], [1, 2], [1, 3], [1, 4]]
+    assert spans.tolist() == [[0, 0, 2], [1, 2, 5]]
+    alone, none = lora.chunks(segments[1:2], number)
+    assert (alone.tolist(), len(none)) == ([[80, 90, 0, -1]], 0), "one chunk is added to the gradient at once"

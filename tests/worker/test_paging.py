@@ -150,7 +150,7 @@ def _trained(
 
     def stepped(run_id: str) -> None:
         slots.bring([run_id])
-        engine.optim_step(run_id, AdamParams(learning_rate=1e-2))
+        tiny.step(engine, run_id, AdamParams(learning_rate=1e-2))
 
     for number, run_id in enumerate(run_ids):
         slots.create(run_id, LoraSpec(rank=1 + number % 3, seed=number), "t")

@@ -59,12 +59,12 @@ class CountingEngine(NullEngine):
                 raise RuntimeError("out of memory, say")
         return super().forward_backward(work)
 
-    def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
+    def _step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
         gradient = self.gradients[run_id]
         self.gradients[run_id] = 0.0
         if not np.isfinite(gradient):
             return Failure("not finite")
-        super().optim_step(run_id, params)
+        super()._step(run_id, params)
         return {"grad_norm": gradient}
 
 

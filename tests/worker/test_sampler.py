@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.worker import tiny
 from tinsmith.wire.batch import TrainInput
 from tinsmith_worker import tiny_base
 from tinsmith_worker.contract import (
@@ -302,7 +303,7 @@ def test_a_held_sampler_stays_as_it_was_while_training_goes_on(base: Base) -> No
 
     def train() -> None:
         engine.forward_backward([Work("run", forward_of(PROMPT, train=True))])
-        engine.optim_step("run", AdamParams(learning_rate=0.01))
+        tiny.step(engine, "run", AdamParams(learning_rate=0.01))
 
     train()
     sampler.hold("step 1", engine.state("run"))
@@ -337,7 +338,7 @@ def test_the_models_own_end_stops_unless_nothing_shall(base: Base, sampler: Torc
     engine.create("run", SPECS["wide"])
     for _ in range(15):
         engine.forward_backward([Work("run", forward_of(taught, train=True))])
-        engine.optim_step("run", AdamParams(learning_rate=0.005))
+        tiny.step(engine, "run", AdamParams(learning_rate=0.005))
     sampler.hold("taught", engine.state("run"))
     asked: dict[str, Any] = {"sampler_id": "taught", "temperature": 0, "max_tokens": 2}
     default = one(sampler, **asked, stop_tokens=None).sequences[0]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from tinsmith.wire.batch import TrainInput
 from tinsmith.wire.losses import LOSSES
-from tinsmith_worker.contract import AdapterState, LoraSpec
+from tinsmith_worker.contract import AdamParams, AdapterState, Engine, Failure, LoraSpec
 from tinsmith_worker.model import Base
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -50,8 +50,10 @@ def base(family: str = "qwen3", **options: Any) -> Base:
 def trained(of: Base, spec: LoraSpec, seed: int = 3, spread: float = 0.1) -> AdapterState:
     """An adapter as if trained a while: A and B both random, so that every gradient is worth comparing.
 
-    A wide base wants a smaller `spread`: with large deltas its numbers depend on every rounding.
+    A wide base wants a smaller `spread`: with large deltas its numbers depend on every rounding. So does a
+    small rank, whose deltas are scaled by 32 over it.
     """
+    spread *= min(1.0, (spec.rank / 8) ** 0.5)
     fresh = of.new_adapter(spec).state()
     random = np.random.default_rng(seed).normal(0, spread, fresh.weights.shape).astype(np.float32)
     for (_, start, shape), (_, stop, _) in zip(
@@ -91,6 +93,11 @@ def batch(
         target_widths_S=np.full(len(lengths), width, np.int64),
         columns={name: np.asarray(values, np.float32) for name, values in columns.items()},
     )
+
+
+def step(engine: Engine, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
+    """The step of one run."""
+    return engine.optim_steps([(run_id, params)])[0]
 
 
 def peft(of: Any, state: AdapterState) -> PeftModel:

@@ -3,6 +3,7 @@
 Shapes: R rank, I inputs and O outputs of a site, P parameters of an adapter (alignment included).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,21 +17,28 @@ from tinsmith.errors import InvalidInput
 from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
 
 Kind = Literal["attn", "mlp", "unembed"]
-Views = dict[str, tuple[torch.Tensor, torch.Tensor]]
+# By group of sites: the As of its members on top of each other [M * R, I], and every member's B [O, R].
+Views = dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
 Layout = tuple[tuple[str, int, tuple[int, ...]], ...]
 
-# Every tensor starts on 64 bytes in float32 and on 32 in bfloat16, as vector loads and grouped_mm like it.
-_ALIGNMENT = 16
+# Every tensor starts on 64 bytes in float32 and on 32 in bfloat16, as vector loads like it.
+ALIGNMENT = 16
+# Maps in one group of sites at most: queries, keys and values.
+MOST_MEMBERS = 3
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear map of the base that an adapter can act on; `name` is its module path, as in `lm_head`."""
+    """One linear map of the base that an adapter can act on; `name` is its module path, as in `lm_head`.
+
+    Sites of one `group` follow one another and are given the same input, which is then read once for all.
+    """
 
     name: str
     kind: Kind
     inputs: int
     outputs: int
+    group: int
 
 
 def targets(spec: LoraSpec, kind: Kind) -> bool:
@@ -38,15 +46,18 @@ def targets(spec: LoraSpec, kind: Kind) -> bool:
 
 
 def lay_out(spec: LoraSpec, sites: Sequence[Site]) -> Layout:
-    """(name in PEFT's saved form, offset, shape) of every tensor, in the order of `sites`, A before B."""
+    """(name in PEFT's saved form, offset, shape) of every tensor: of each group the As, then the Bs."""
     layout: list[tuple[str, int, tuple[int, ...]]] = []
     offset = 0
-    for site in sites:
-        if not targets(spec, site.kind):
-            continue
-        for matrix, shape in (("A", (spec.rank, site.inputs)), ("B", (site.outputs, spec.rank))):
-            layout.append((f"base_model.model.{site.name}.lora_{matrix}.weight", offset, shape))
-            offset += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    for _, group in itertools.groupby((s for s in sites if targets(spec, s.kind)), key=lambda s: s.group):
+        members = list(group)
+        for matrix, shapes in (
+            ("A", [(spec.rank, site.inputs) for site in members]),
+            ("B", [(site.outputs, spec.rank) for site in members]),
+        ):
+            for site, shape in zip(members, shapes, strict=True):
+                layout.append((f"base_model.model.{site.name}.lora_{matrix}.weight", offset, shape))
+                offset += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
     return tuple(layout)
 
 
@@ -56,14 +67,15 @@ def adapter_elements(spec: LoraSpec, sites: Sequence[Site]) -> int:
     if not layout:
         return 0
     _, offset, shape = layout[-1]
-    return -(-(offset + math.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+    return -(-(offset + math.prod(shape)) // ALIGNMENT) * ALIGNMENT
 
 
 class Adapter:
     """One run's adapter, or a sampler's frozen one, on the base's device.
 
     `weights` are the float32 masters [P]. `compute` is what the base multiplies with: a copy in the base's
-    dtype, or the masters themselves when that is float32. `views[site]` is (A [R, I], B [O, R]) of `compute`.
+    dtype, or the masters themselves when that is float32. `views` are of `compute`, and `places` says where
+    in a flat buffer they are: [groups, 1 + MOST_MEMBERS] in ALIGNMENTs, -1 for what it does not act on.
     Gradient and moments are made at first use, so that a frozen adapter costs its weights alone.
     """
 
@@ -83,6 +95,11 @@ class Adapter:
         self.weights = torch.zeros(size, dtype=torch.float32, device=device)
         self.compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
         self.views = self._views(self.compute)
+        self.places = np.full((sites[-1].group + 1, 1 + MOST_MEMBERS), -1, np.int64)
+        start, unit = self.compute.data_ptr(), ALIGNMENT * self.compute.element_size()
+        for number, (A, Bs) in self.views.items():
+            found = [(x.data_ptr() - start) // unit for x in (A, *Bs)]
+            self.places[number, : len(found)] = found
         self.gradient: torch.Tensor | None = None
         self.gradient_views: Views = {}
         self.moment1: torch.Tensor | None = None
@@ -164,8 +181,14 @@ class Adapter:
         )
 
     def _views(self, flat: torch.Tensor) -> Views:
-        tensors = self.tensors_of(flat)
-        return {site.name: (tensors[2 * i], tensors[2 * i + 1]) for i, site in enumerate(self.sites)}
+        views: Views = {}
+        tensors = iter(self.tensors_of(flat))
+        for number, group in itertools.groupby(self.sites, key=lambda site: site.group):
+            members = list(group)
+            first, *_ = [next(tensors) for _ in members]
+            As = first.as_strided((len(members) * self.spec.rank, first.shape[1]), (first.shape[1], 1))
+            views[number] = As, tuple(next(tensors) for _ in members)
+        return views
 
 
 _Move = tuple[int, int, int]  # from, to, how many elements

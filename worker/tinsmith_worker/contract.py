@@ -163,8 +163,9 @@ class Engine(Protocol):
         """
         ...
 
-    def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
-        """Step and clear the gradient. A gradient that is not finite is a Failure, and is cleared too."""
+    def optim_steps(self, steps: Sequence[tuple[str, AdamParams]]) -> list[dict[str, float] | Failure]:
+        """Step each of these runs, all different, and clear its gradient. A gradient that is not finite is
+        that run's Failure, and is cleared too."""
         ...
 
     def state(self, run_id: str) -> AdapterState: ...

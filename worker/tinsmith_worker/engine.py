@@ -7,7 +7,7 @@ Shapes: T packed tokens, S sequences, D hidden, K targets per token, N rows of o
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from tinsmith_worker import losses, optim
 from tinsmith_worker.adapters import Adapter, adapter_elements
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
-from tinsmith_worker.copies import to_device
+from tinsmith_worker.copies import to_device, to_host
 from tinsmith_worker.model import Base
 from tinsmith_worker.stream import Segment, Stream
 
 # A product of fewer rows may take another kernel, and so give other bits, than the same rows among more.
 _LEAST_ROWS = 64
+# Triton's kernels are compiled for blocks of 16, 32, 64 and 128 columns.
+_USUAL_RANKS = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,28 @@ class EngineSettings:
 class _Piece:
     """Some whole datums of an operation, which go through the model in one pass: `rows` of its arrays."""
 
+    operation: int  # its place in the work
     adapter: Adapter
     given: TrainInput
     rows: slice
     lengths_S: Int64
-    results: torch.Tensor  # [tokens of the operation, K + 1]: logprobs, then the loss of the row
 
     @property
     def tokens(self) -> int:
         return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Pieces side by side in a pass whose losses are computed in one go. `rows` are the stream's; `results`
+    [N, K + 1]: logprobs, then the loss of the row."""
+
+    pieces: list[_Piece]
+    segments: list[Segment]  # counted from the block's first row
+    rows: slice
+    loss: str
+    lengths_S: Int64
+    results: torch.Tensor
 
 
 class TorchEngine:
@@ -62,6 +77,21 @@ class TorchEngine:
         self._adapters: dict[str, Adapter] = {}
         if self._settings.deterministic:
             _make_deterministic(base)
+
+    def warm_up(self) -> None:
+        """Have everything compiled before somebody waits for it: the layers, and the kernels for usual ranks.
+        A minute the first time on a machine, seconds once it is cached."""
+        if not self.base.can_compile:
+            return
+        self.base.compile()
+        lengths_S = np.array([256, 200], np.int64)
+        given = _any_input(lengths_S, self.facts.vocab_size)
+        for rank in _USUAL_RANKS:
+            self.create("", LoraSpec(rank, 0))
+            for forward_only in (False, True):
+                self.forward_backward([Work("", replace(given, forward_only=forward_only))])
+            self.optim_steps([("", AdamParams())])
+            self.drop("")
 
     @property
     def memory_bytes(self) -> int:
@@ -85,19 +115,20 @@ class TorchEngine:
         return run_id in self._adapters
 
     def forward_backward(self, work: Sequence[Work]) -> list[TrainOutput]:
-        """See `contract.Engine`. Waits for the device once per operation, at the end."""
-        results = [self._empty_results(one.given) for one in work]
-        pieces = [
-            piece for one, result in zip(work, results, strict=True) for piece in self._pieces(one, result)
-        ]
+        """See `contract.Engine`. Waits for the device once, at the end."""
+        pieces = [piece for number, one in enumerate(work) for piece in self._pieces(number, one)]
+        blocks: list[_Block] = []
         for train in (True, False):
             for group in self._passes([p for p in pieces if p.given.forward_only is not train]):
-                self._run(group, train=train)
-        on_host = [result.cpu().numpy() for result in results]
-        return [TrainOutput(logprobs_TK=r[:, :-1], losses_T=r[:, -1]) for r in on_host]
+                blocks += self._run(group, train=train)
+        found = [np.empty((o.given.tokens, o.given.targets_TK.shape[1] + 1), np.float32) for o in work]
+        for block, results in zip(blocks, to_host([b.results for b in blocks]), strict=True):
+            for piece, segment in zip(block.pieces, block.segments, strict=True):
+                found[piece.operation][piece.rows] = results[segment.start : segment.stop]
+        return [TrainOutput(logprobs_TK=f[:, :-1], losses_T=f[:, -1]) for f in found]
 
-    def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
-        return optim.step(self._adapters[run_id], params)
+    def optim_steps(self, steps: Sequence[tuple[str, AdamParams]]) -> list[dict[str, float] | Failure]:
+        return optim.steps([(self._adapters[run_id], params) for run_id, params in steps])
 
     def state(self, run_id: str) -> AdapterState:
         return self._adapters[run_id].state()
@@ -118,11 +149,7 @@ class TorchEngine:
         if not 1 <= spec.rank <= self.facts.max_rank:
             raise InvalidInput(f"rank must be from 1 to {self.facts.max_rank}, got {spec.rank}")
 
-    def _empty_results(self, given: TrainInput) -> torch.Tensor:
-        tokens, width = given.targets_TK.shape
-        return torch.empty(tokens, width + 1, dtype=torch.float32, device=self.base.device)
-
-    def _pieces(self, work: Work, results: torch.Tensor) -> list[_Piece]:
+    def _pieces(self, operation: int, work: Work) -> list[_Piece]:
         """As many datums each as fit into a pass, a longer one alone. Depends on this operation only."""
         adapter, offsets_S = self._adapters[work.run_id], work.given.offsets_S
         pieces, first, datums = [], 0, len(work.given.lengths_S)
@@ -130,7 +157,7 @@ class TorchEngine:
             limit = offsets_S[first] + self._settings.max_tokens_per_pass
             last = max(first + 1, int(np.searchsorted(offsets_S, limit, side="right")) - 1)
             rows = slice(int(offsets_S[first]), int(offsets_S[last]))
-            pieces.append(_Piece(adapter, work.given, rows, work.given.lengths_S[first:last], results))
+            pieces.append(_Piece(operation, adapter, work.given, rows, work.given.lengths_S[first:last]))
             first = last
         return pieces
 
@@ -147,25 +174,49 @@ class TorchEngine:
             room -= piece.tokens
         return passes
 
-    def _run(self, pieces: list[_Piece], *, train: bool) -> None:
+    def _run(self, pieces: list[_Piece], *, train: bool) -> list[_Block]:
         if train:
             for piece in pieces:
                 piece.adapter.open_gradient()
         stream = self._pack(pieces)
+        blocks = self._blocks(pieces, stream)
         with torch.set_grad_enabled(train):
             hidden_TD = self.base.forward(stream)
         states_TD = hidden_TD.detach()
         if not train:
-            for piece, segment in zip(pieces, stream.segments, strict=True):
-                self._score(piece, states_TD[segment.start : segment.stop])
-            return
-        gradient_TD = torch.zeros_like(states_TD)
-        for piece, segment in zip(pieces, stream.segments, strict=True):
-            rows = slice(segment.start, segment.stop)
-            self._score_and_differentiate(piece, states_TD[rows], gradient_TD[rows])
-        hidden_TD.backward(gradient_TD)
+            for block in blocks:
+                self._score(block, states_TD[block.rows])
+            return blocks
+        gradient_TD = torch.empty_like(states_TD)
+        gradient_TD[blocks[-1].rows.stop :] = 0  # rows of padding
+        for block in blocks:
+            self._score_and_differentiate(block, states_TD[block.rows], gradient_TD[block.rows])
+        self.base.backward(hidden_TD, gradient_TD)
         for piece in pieces:
             piece.adapter.has_gradient = True
+        return blocks
+
+    def _blocks(self, pieces: list[_Piece], stream: Stream) -> list[_Block]:
+        """Neighbours of one loss and width as one. In deterministic mode every piece by itself: with others
+        its rows could fall into other chunks."""
+        runs: list[list[tuple[_Piece, Segment]]] = []
+        before = None
+        for piece, segment in zip(pieces, stream.segments, strict=True):
+            kind = piece.given.loss, piece.given.targets_TK.shape[1]
+            if kind != before or self._settings.deterministic:
+                runs.append([])
+            runs[-1].append((piece, segment))
+            before = kind
+        blocks = []
+        for run in runs:
+            first, rows = run[0][0].given, slice(run[0][1].start, run[-1][1].stop)
+            counted = [Segment(s.start - rows.start, s.stop - rows.start, s.adapter) for _, s in run]
+            shape = rows.stop - rows.start, first.targets_TK.shape[1] + 1
+            results = torch.empty(shape, dtype=torch.float32, device=self.base.device)
+            ours = [piece for piece, _ in run]
+            lengths_S = np.concatenate([piece.lengths_S for piece in ours])
+            blocks.append(_Block(ours, counted, rows, first.loss, lengths_S, results))
+        return blocks
 
     def _pack(self, pieces: list[_Piece]) -> Stream:
         lengths_S = np.concatenate([piece.lengths_S for piece in pieces])
@@ -183,7 +234,7 @@ class TorchEngine:
             tokens_T=to_device(tokens_T, self.base.device),
             positions_T=to_device(positions_T, self.base.device),
             segments=tuple(segments),
-            attention=CausalSequences(lengths_S, one_by_one=self.base.one_by_one),
+            attention=CausalSequences(lengths_S, is_deterministic=self.base.is_deterministic),
         )
 
     def _bucket(self, tokens: int) -> int:
@@ -194,48 +245,61 @@ class TorchEngine:
             tokens = max(tokens, self._settings.max_tokens_per_pass)
         return -(-tokens // _LEAST_ROWS) * _LEAST_ROWS
 
-    def _score(self, piece: _Piece, hidden_ND: torch.Tensor) -> None:
-        targets_NK, columns = self._inputs(piece)
-        logprobs_NK = self.base.head.logprobs(hidden_ND, piece.adapter, targets_NK)
-        if losses.needs_whole_sequences(piece.given.loss):
+    def _score(self, block: _Block, hidden_ND: torch.Tensor) -> None:
+        targets_NK, columns = self._inputs(block)
+        logprobs_NK = self.base.head.logprobs(hidden_ND, block.segments, targets_NK)
+        if losses.needs_whole_sequences(block.loss):
             columns[losses.SEQUENCE_LOG_RATIO] = losses.sequence_log_ratio(
-                logprobs_NK[:, 0], columns, piece.lengths_S
+                logprobs_NK[:, 0], columns, block.lengths_S
             )
-        results = piece.results[piece.rows]
-        results[:, :-1] = logprobs_NK
-        results[:, -1] = losses.evaluate(piece.given.loss, logprobs_NK, columns)[0]
+        block.results[:, :-1] = logprobs_NK
+        block.results[:, -1] = losses.evaluate(block.loss, logprobs_NK, columns)[0]
 
     def _score_and_differentiate(
-        self, piece: _Piece, hidden_ND: torch.Tensor, gradient_ND: torch.Tensor
+        self, block: _Block, hidden_ND: torch.Tensor, gradient_ND: torch.Tensor
     ) -> None:
-        head, loss, adapter = self.base.head, piece.given.loss, piece.adapter
-        targets_NK, columns = self._inputs(piece)
+        head, loss = self.base.head, block.loss
+        targets_NK, columns = self._inputs(block)
         if losses.needs_whole_sequences(loss):
-            logprobs_N = head.logprobs(hidden_ND, adapter, targets_NK)[:, 0]
+            logprobs_N = head.logprobs(hidden_ND, block.segments, targets_NK)[:, 0]
             columns[losses.SEQUENCE_LOG_RATIO] = losses.sequence_log_ratio(
-                logprobs_N, columns, piece.lengths_S
+                logprobs_N, columns, block.lengths_S
             )
-        results = piece.results[piece.rows]
 
         def slope_of(rows: slice, logprobs_NK: torch.Tensor) -> torch.Tensor:
             of_rows = {name: column[rows] for name, column in columns.items()}
             losses_N, slope_NK = losses.evaluate(loss, logprobs_NK, of_rows)
-            results[rows, :-1] = logprobs_NK
-            results[rows, -1] = losses_N
+            block.results[rows, :-1] = logprobs_NK
+            block.results[rows, -1] = losses_N
             return slope_NK
 
-        head.backward(hidden_ND, adapter, targets_NK, slope_of, gradient_ND)
+        head.backward(hidden_ND, block.segments, targets_NK, slope_of, gradient_ND)
 
-    def _inputs(self, piece: _Piece) -> tuple[torch.Tensor, losses.Columns]:
+    def _inputs(self, block: _Block) -> tuple[torch.Tensor, losses.Columns]:
         """Targets [N, K] and the loss's columns, on the device in one copy each."""
-        given, rows, device = piece.given, piece.rows, self.base.device
-        targets_NK = to_device(given.targets_TK[rows].astype(np.int64), device)
-        if given.loss == "cross_entropy":
-            return targets_NK, {
-                "weights": to_device(given.columns["weights"][rows].astype(np.float32), device)
-            }
-        columns_CN = to_device(np.stack([column[rows] for column in given.columns.values()]), device)
-        return targets_NK, dict(zip(given.columns, columns_CN, strict=True))
+        given, device = [(piece.given, piece.rows) for piece in block.pieces], self.base.device
+        targets = np.concatenate([g.targets_TK[rows] for g, rows in given]).astype(np.int64)
+        targets_NK = to_device(targets, device)
+        names = list(given[0][0].columns)
+        if block.loss == "cross_entropy":
+            weights = np.concatenate([g.columns["weights"][rows] for g, rows in given])
+            return targets_NK, {"weights": to_device(weights.astype(np.float32), device)}
+        columns = [np.stack([g.columns[name][rows] for name in names]) for g, rows in given]
+        columns_CN = to_device(np.concatenate(columns, 1), device)
+        return targets_NK, dict(zip(names, columns_CN, strict=True))
+
+
+def _any_input(lengths_S: Int64, vocabulary: int) -> TrainInput:
+    tokens = int(lengths_S.sum())
+    return TrainInput(
+        loss="cross_entropy",
+        forward_only=False,
+        lengths_S=lengths_S,
+        tokens_T=(np.arange(tokens) % vocabulary).astype(np.int32),
+        targets_TK=np.zeros((tokens, 1), np.int64),
+        target_widths_S=np.zeros(len(lengths_S), np.int64),
+        columns={"weights": np.ones((tokens, 1), np.float32)},
+    )
 
 
 def _neighbourhood(spec: LoraSpec) -> tuple[int, int]:
@@ -253,11 +317,9 @@ def _described(spec: LoraSpec) -> str:
 
 def _make_deterministic(base: Base) -> None:
     """A run's numbers from its own rows only. Changes torch's settings for the whole process."""
-    base.grouped_deltas = False
-    base.one_by_one = True
+    base.is_deterministic = True
     if base.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         # Threads share the elements of a map evenly, and the last few of a share take a path that rounds

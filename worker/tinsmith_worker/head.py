@@ -3,104 +3,158 @@
 All logits of a pass at once would be its largest tensor by far (8192 tokens x 152k words: 5 GB), so a
 chunk's logits become logprobs, then the loss's slope, then gradients, before the next chunk's are made.
 
-Shapes: N rows of one segment, D hidden, V vocabulary, K targets per row, R rank.
+Shapes: N rows, D hidden, V vocabulary, K targets per row, R rank.
 """
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.lora import accumulate
+from tinsmith_worker.stream import Segment
 
-# Logits of one chunk: 2^27 float32 are 512 MB.
-_CHUNK_LOGITS = 1 << 27
+# Logits of one chunk: 2^28 float32 are 1 GB.
+_CHUNK_LOGITS = 1 << 28
+# With more targets per row, the kernel that looks for them in every column would be slower than scattering.
+_MOST_TARGETS = 32
 
 SlopeOf = Callable[[slice, torch.Tensor], torch.Tensor]
 
 
 class Head:
-    """The base's frozen output embedding, at which adapters can act under the name `site`.
+    """The base's frozen output embedding, at which adapters can act as the `group` of sites.
 
     `chunk_rows`: how many rows' logits exist at once.
     """
 
-    def __init__(self, site: str, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> None:
-        self.site = site
+    def __init__(self, group: int, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> None:
+        self.group = group
         self._weight_VD = weight_VD
         self._bias_V = bias_V
-        self.chunk_rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
+        rows = _CHUNK_LOGITS // weight_VD.shape[0]
+        self.chunk_rows = max(1, rows // 128 * 128 or rows)
+        self._kernels: Any = None
+        if weight_VD.is_cuda:
+            self._kernels = importlib.import_module("tinsmith_worker.kernels")
 
     def logits(self, hidden_ND: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
         """float32 logits [N, V] with `adapter`'s unembedding (None: the base alone). No gradient."""
         with torch.no_grad():
-            return self._logits(hidden_ND, adapter)[0]
+            return self._logits(hidden_ND, [Segment(0, len(hidden_ND), adapter)])[0]
 
     def logprobs(
-        self, hidden_ND: torch.Tensor, adapter: Adapter | None, targets_NK: torch.Tensor
+        self, hidden_ND: torch.Tensor, segments: Sequence[Segment], targets_NK: torch.Tensor
     ) -> torch.Tensor:
-        """log p of every target, float32 [N, K]. No gradient."""
-        found = [
-            F.log_softmax(self.logits(hidden_ND[rows], adapter), dim=1).gather(1, targets_NK[rows])
-            for rows in self._chunks(hidden_ND)
-        ]
+        """log p of every target, float32 [N, K]; `segments` say which rows pass through which adapter. No
+        gradient."""
+        found = []
+        with torch.no_grad():
+            for rows in self._chunks(hidden_ND):
+                logits_NV, _ = self._logits(hidden_ND[rows], _within(segments, rows))
+                found.append(self._logprobs(logits_NV, targets_NK[rows])[1])
         return torch.cat(found)
 
     def backward(
         self,
         hidden_ND: torch.Tensor,
-        adapter: Adapter | None,
+        segments: Sequence[Segment],
         targets_NK: torch.Tensor,
         slope_of: SlopeOf,
         gradient_ND: torch.Tensor,
     ) -> None:
-        """Write dL/dhidden into `gradient_ND` and accumulate the unembedding's dA and dB in `adapter`.
+        """Write dL/dhidden into `gradient_ND` and accumulate the unembedding's dA and dB in the adapters.
 
         `slope_of(rows, logprobs)` is asked once for every chunk, in order: given log p [n, K] of these rows
         it answers dL/dlogprob [n, K].
         """
         with torch.no_grad():
             for rows in self._chunks(hidden_ND):
-                logits_NV, shrunk_NR = self._logits(hidden_ND[rows], adapter)
-                all_NV = F.log_softmax(logits_NV, dim=1)
+                acting = _within(segments, rows)
+                logits_NV, shrunk = self._logits(hidden_ND[rows], acting)
+                logits_NV, logprobs_NK, sums_N = self._logprobs(logits_NV, targets_NK[rows])
+                slope_NK = slope_of(rows, logprobs_NK)
+                dlogits_NV = self._dlogits(logits_NV, sums_N, targets_NK[rows], slope_NK)
                 del logits_NV
-                slope_NK = slope_of(rows, all_NV.gather(1, targets_NK[rows]))
-                # dL/dlogits = onehot(target) * slope - softmax * sum of slopes
-                dlogits_NV = all_NV.exp_().mul_(-slope_NK.sum(1, keepdim=True))
-                for k in range(slope_NK.shape[1]):  # one column at a time: a row may name a target twice
-                    dlogits_NV.scatter_add_(1, targets_NK[rows, k : k + 1], slope_NK[:, k : k + 1])
-                dlogits_NV = dlogits_NV.to(self._weight_VD.dtype)
                 torch.mm(dlogits_NV, self._weight_VD, out=gradient_ND[rows])
-                if adapter is not None and shrunk_NR is not None:
-                    self._backward_adapter(adapter, dlogits_NV, shrunk_NR, hidden_ND[rows], gradient_ND[rows])
+                for segment, shrunk_NR in zip(acting, shrunk, strict=True):
+                    of = slice(segment.start, segment.stop)
+                    hidden, gradient = hidden_ND[rows][of], gradient_ND[rows][of]
+                    self._backward_adapter(segment.adapter, dlogits_NV[of], shrunk_NR, hidden, gradient)
 
     def _logits(
-        self, hidden_ND: torch.Tensor, adapter: Adapter | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_ND: torch.Tensor, segments: Sequence[Segment]
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Logits, and for every segment the scaled x Aᵀ (None: no adapter acts)."""
         logits_NV = _mm_float32(hidden_ND, self._weight_VD.T)
         if self._bias_V is not None:
             logits_NV += self._bias_V
-        if adapter is None or self.site not in adapter.views:
-            return logits_NV, None
-        A_RD, B_VR = adapter.views[self.site]
-        shrunk_NR = (hidden_ND @ A_RD.T).mul_(adapter.scale)
-        if shrunk_NR.dtype == logits_NV.dtype:
-            logits_NV.addmm_(shrunk_NR, B_VR.T)
-        else:
-            logits_NV += _mm_float32(shrunk_NR, B_VR.T)
-        return logits_NV, shrunk_NR
+        shrunk: list[torch.Tensor | None] = []
+        for segment in segments:
+            adapter, rows = segment.adapter, slice(segment.start, segment.stop)
+            if adapter is None or self.group not in adapter.views:
+                shrunk.append(None)
+                continue
+            A_RD, (B_VR,) = adapter.views[self.group]
+            shrunk_NR = (hidden_ND[rows] @ A_RD.T).mul_(adapter.scale)
+            if shrunk_NR.dtype == logits_NV.dtype:
+                logits_NV[rows].addmm_(shrunk_NR, B_VR.T)
+            else:
+                logits_NV[rows] += _mm_float32(shrunk_NR, B_VR.T)
+            shrunk.append(shrunk_NR)
+        return logits_NV, shrunk
+
+    def _logprobs(
+        self, logits_NV: torch.Tensor, targets_NK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The logits, log p of every target [N, K], and the log of the sum of exp [N]: None if the logits are
+        log p of everything now."""
+        if self._kernels is None:
+            all_NV = F.log_softmax(logits_NV, 1)
+            return all_NV, all_NV.gather(1, targets_NK), None
+        rows, vocabulary = logits_NV.shape
+        sums_N = logits_NV.new_empty(rows)
+        self._kernels.log_sums[(rows,)](logits_NV, sums_N, vocabulary, BLOCK=4096, num_warps=8)
+        return logits_NV, logits_NV.gather(1, targets_NK).sub_(sums_N[:, None]), sums_N
+
+    def _dlogits(
+        self,
+        logits_NV: torch.Tensor,
+        sums_N: torch.Tensor | None,
+        targets_NK: torch.Tensor,
+        slope_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        """dL/dlogits = onehot(target) * slope - softmax * sum of slopes, in the base's dtype."""
+        (rows, vocabulary), width = logits_NV.shape, slope_NK.shape[1]
+        if sums_N is not None and width <= _MOST_TARGETS:
+            dlogits_NV = torch.empty_like(logits_NV, dtype=self._weight_VD.dtype)
+            self._kernels.logit_slopes[(rows, -(-vocabulary // 4096))](
+                logits_NV, sums_N, targets_NK.contiguous(), slope_NK.contiguous(), dlogits_NV,
+                vocabulary, width, BLOCK=4096, num_warps=8,
+            )  # fmt: skip
+            return dlogits_NV
+        if sums_N is not None:
+            logits_NV -= sums_N[:, None]
+        logits_NV.exp_().mul_(-slope_NK.sum(1, keepdim=True))
+        for k in range(width):  # one column at a time: a row may name a target twice
+            logits_NV.scatter_add_(1, targets_NK[:, k : k + 1], slope_NK[:, k : k + 1])
+        return logits_NV.to(self._weight_VD.dtype)
 
     def _backward_adapter(
         self,
-        adapter: Adapter,
+        adapter: Adapter | None,
         dlogits_NV: torch.Tensor,
-        shrunk_NR: torch.Tensor,
+        shrunk_NR: torch.Tensor | None,
         hidden_ND: torch.Tensor,
         gradient_ND: torch.Tensor,
     ) -> None:
-        A_RD, B_VR = adapter.views[self.site]
-        gradient_A, gradient_B = adapter.gradient_views[self.site]
+        if adapter is None or shrunk_NR is None:
+            return
+        A_RD, (B_VR,) = adapter.views[self.group]
+        gradient_A, (gradient_B,) = adapter.gradient_views[self.group]
         du_NR = (dlogits_NV @ B_VR).mul_(adapter.scale)
         accumulate(gradient_B, dlogits_NV.T, shrunk_NR)
         accumulate(gradient_A, du_NR.T, hidden_ND)
@@ -109,6 +163,15 @@ class Head:
     def _chunks(self, hidden_ND: torch.Tensor) -> Iterator[slice]:
         for start in range(0, len(hidden_ND), self.chunk_rows):
             yield slice(start, min(start + self.chunk_rows, len(hidden_ND)))
+
+
+def _within(segments: Sequence[Segment], rows: slice) -> list[Segment]:
+    """What of `segments` lies within `rows`, counted from there."""
+    cut = [
+        Segment(max(s.start, rows.start) - rows.start, min(s.stop, rows.stop) - rows.start, s.adapter)
+        for s in segments
+    ]
+    return [s for s in cut if s.start < s.stop]
 
 
 def _mm_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

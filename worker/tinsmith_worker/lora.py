@@ -2,10 +2,18 @@
 
 y = x Wᵀ + b + (32 / R) (x Aᵀ) Bᵀ, and backward straight into the adapters' float32 gradient buffers.
 
-Shapes: N rows, I inputs, O outputs, R rank, G groups of rows (one adapter each).
+Maps that are given the same input (queries, keys and values; gate and up) are one group, computed in one go:
+their adapters read the input once, and its gradient is written once.
+
+Shapes: T packed tokens, N rows of one segment, I inputs, O outputs, R rank, M members of a group, G adapters.
 """
 
+import functools
+import importlib
+import itertools
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,55 +21,59 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tinsmith_worker.adapters import Adapter, Kind, Site, targets
+from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, targets
 from tinsmith_worker.copies import to_device
-from tinsmith_worker.stream import Attention, Segment, Stream
+from tinsmith_worker.stream import Attention, Segment
 
 
 class Deltas(Protocol):
-    """What the adapters of a pass add at the sites of one kind. Loop and Grouped compute the same."""
+    """A group's maps with what the adapters of a pass add to them. Loop and Packed compute the same."""
 
-    def add(self, site: str, x_NI: torch.Tensor, y_NO: torch.Tensor) -> Any:
-        """Add to `y_NO` in place; returns the scaled x Aᵀ that `backward` wants back."""
+    def forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
+        """[T, O] of every member."""
         ...
 
-    def backward(
-        self, site: str, shrunk: Any, x_NI: torch.Tensor, dy_NO: torch.Tensor, dx_NI: torch.Tensor
-    ) -> None:
-        """Accumulate dA and dB in the adapters, add to `dx_NI` in place."""
+    def backward(self, group: "Group", x_TI: torch.Tensor, dys_TO: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Accumulate dA and dB in the adapters; [T, I] dL/dx."""
         ...
 
 
 class Loop:
-    """One segment after the other: each adapter's numbers depend on its own rows alone."""
+    """One segment after the other in plain torch; none at all is the base alone."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], *, train: bool) -> None:
         self._parts = [(slice(s.start, s.stop), s.adapter) for s in segments if s.adapter is not None]
+        self._train = train
+        self._shrunk: dict[int, list[torch.Tensor]] = {}  # by group, from forward to backward
 
-    def add(self, site: str, x_NI: torch.Tensor, y_NO: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
+        ys = [F.linear(x_TI, member.weight, member.bias) for member in group.members]
         shrunk = []
         for rows, adapter in self._parts:
-            A, B = adapter.views[site]
-            u_NR = (x_NI[rows] @ A.T).mul_(adapter.scale)
-            y_NO[rows].addmm_(u_NR, B.T)
-            shrunk.append(u_NR)
-        return shrunk
+            A_XI, Bs = adapter.views[group.number]
+            u_NX = torch.mm(x_TI[rows], A_XI.T).mul_(adapter.scale)
+            for y_TO, B_OR, u_NR in zip(ys, Bs, u_NX.split(adapter.spec.rank, 1), strict=True):
+                y_TO[rows].addmm_(u_NR, B_OR.T)
+            shrunk.append(u_NX)
+        if self._train:
+            self._shrunk[group.number] = shrunk
+        return ys
 
-    def backward(
-        self,
-        site: str,
-        shrunk: list[torch.Tensor],
-        x_NI: torch.Tensor,
-        dy_NO: torch.Tensor,
-        dx_NI: torch.Tensor,
-    ) -> None:
-        for (rows, adapter), u_NR in zip(self._parts, shrunk, strict=True):
-            A, B = adapter.views[site]
-            gradient_A, gradient_B = adapter.gradient_views[site]
-            du_NR = (dy_NO[rows] @ B).mul_(adapter.scale)
-            accumulate(gradient_B, dy_NO[rows].T, u_NR)
-            accumulate(gradient_A, du_NR.T, x_NI[rows])
-            dx_NI[rows].addmm_(du_NR, A)
+    def backward(self, group: "Group", x_TI: torch.Tensor, dys_TO: Sequence[torch.Tensor]) -> torch.Tensor:
+        dx_TI = torch.mm(dys_TO[0], group.members[0].weight)
+        for member, dy_TO in zip(group.members[1:], dys_TO[1:], strict=True):
+            dx_TI.addmm_(dy_TO, member.weight)
+        for (rows, adapter), u_NX in zip(self._parts, self._shrunk.pop(group.number, ()), strict=True):
+            A_XI, Bs = adapter.views[group.number]
+            gradient_A, gradient_Bs = adapter.gradient_views[group.number]
+            rank = adapter.spec.rank
+            du_NX = torch.cat([dy_TO[rows] @ B_OR for dy_TO, B_OR in zip(dys_TO, Bs, strict=True)], 1)
+            du_NX.mul_(adapter.scale)
+            for gradient_B, dy_TO, u_NR in zip(gradient_Bs, dys_TO, u_NX.split(rank, 1), strict=True):
+                accumulate(gradient_B, dy_TO[rows].T, u_NR)
+            accumulate(gradient_A, du_NX.T, x_TI[rows])
+            dx_TI[rows].addmm_(du_NX, A_XI)
+        return dx_TI
 
 
 def accumulate(gradient: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -72,100 +84,214 @@ def accumulate(gradient: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
         gradient.add_(left @ right)
 
 
-class Grouped:
-    """All adapters at once through grouped_mm, ranks padded with zeros to the widest.
+class Packed:
+    """All adapters at once through Triton's kernels.
 
-    Its rows are one stretch without gaps, each adapter in one group: grouped_mm leaves garbage outside of its
-    groups, and two groups could not add to one gradient at once.
+    What they add is written first, and the base's product added to it: the product reads it while it
+    computes, whereas adding to the product would be another reading.
     """
 
-    def __init__(
-        self, start: int, stops: Sequence[int], adapters: Sequence[Adapter], device: torch.device
+    def __init__(self, rows: "Rows", *, train: bool) -> None:
+        self._rows = rows
+        self._train = train
+        self._shrunk: dict[int, torch.Tensor] = {}
+
+    def forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
+        u_TX = self._rows.shrink_into(None, x_TI, group, A=True)
+        ys = []
+        for number, member in enumerate(group.members):
+            y_TO = self._rows.expand(u_TX, member.out_features, group, member=number, bias=member.bias)
+            ys.append(y_TO.addmm_(x_TI, member.weight.T))
+        if self._train:
+            self._shrunk[group.number] = u_TX
+        return ys
+
+    def backward(self, group: "Group", x_TI: torch.Tensor, dys_TO: Sequence[torch.Tensor]) -> torch.Tensor:
+        u_TX = self._shrunk.pop(group.number)
+        du_TX: torch.Tensor | None = None
+        for number, dy_TO in enumerate(dys_TO):
+            du_TX = self._rows.shrink_into(du_TX, dy_TO, group, A=False, member=number)
+            self._rows.correlate(u_TX, dy_TO, group, member=number)
+        assert du_TX is not None
+        self._rows.correlate(du_TX, x_TI, group, member=None)
+        dx_TI = self._rows.expand(du_TX, group.inputs, group, member=None)
+        for member, dy_TO in zip(group.members, dys_TO, strict=True):
+            dx_TI.addmm_(dy_TO, member.weight)
+        return dx_TI
+
+
+# Rows of a tile, and of what becomes one partial sum of a gradient. Both are counted from a segment's start.
+TILE_ROWS, CHUNK_ROWS = 64, 1024
+
+
+class Rows:
+    """Which rows of a pass are whose, where every adapter's matrices are, and the kernels that ask."""
+
+    def __init__(self, segments: Sequence[Segment], rows: int, device: torch.device, *, train: bool) -> None:
+        adapters = list({id(s.adapter): s.adapter for s in segments if s.adapter is not None}.values())
+        number = {id(adapter): n for n, adapter in enumerate(adapters)}
+        ranks = np.array([adapter.spec.rank for adapter in adapters], np.int32)
+        # Told that ranks are multiples of 8, the compiler loads 16 bytes at a time.
+        self._step = 8 if not (ranks % 8).any() else 1
+        self._most = int(ranks.max())
+        self._anchor = adapters[0].compute
+        self._ranks = to_device(ranks // np.int32(self._step), device)
+        self._scales = to_device(np.array([a.scale for a in adapters], np.float32), device)
+        self._places = to_device(_places(adapters, [a.compute for a in adapters]), device)
+        cut = tiles(segments, number, rows)
+        self._tile_count = len(cut)
+        self._tiles = to_device(cut, device)
+        self._rows = rows
+        self._kernels = _kernels()
+        if train:
+            gradients = [a.gradient for a in adapters if a.gradient is not None]
+            assert len(gradients) == len(adapters)
+            self._gradient_anchor = gradients[0]
+            self._gradient_places = to_device(_places(adapters, gradients), device)
+            parts, spans = chunks(segments, number)
+            self._chunk_count, self._span_count = len(parts), len(spans)
+            self._partials = int(parts[:, 3].max()) + 1
+            self._chunks = to_device(parts, device)
+            self._spans = to_device(spans, device) if len(spans) else None
+
+    def shrink_into(
+        self, u_TX: torch.Tensor | None, x_TI: torch.Tensor, group: "Group", *, A: bool, member: int = 0
+    ) -> torch.Tensor:
+        """x Aᵀ of all members, or dy B of one, scaled: [T, M * R], the ranks of an adapter side by side."""
+        members = len(group.members) if A else 1
+        if u_TX is None:
+            u_TX = x_TI.new_empty(self._rows, len(group.members) * self._most)
+        width = _block(members * self._most)
+        self._kernels.shrink[(self._tile_count, -(-members * self._most // width))](
+            x_TI, u_TX, self._anchor, self._places[group.number, 0 if A else 1 + member], self._tiles,
+            self._ranks, self._scales, x_TI.shape[1], u_TX.shape[1], member, members,
+            STEP=self._step, BY_ROW=A, ROWS=TILE_ROWS, WIDTH=width, DEPTH=128 if width <= 64 else 64,
+            num_warps=4, num_stages=4 if width <= 64 else 5,
+        )  # fmt: skip
+        return u_TX
+
+    def expand(
+        self, u_TX: torch.Tensor, outputs: int, group: "Group", *, member: int | None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """[T, O] u Bᵀ (+ bias) of one member, or [T, I] du A of all (member None)."""
+        y_TO = u_TX.new_empty(self._rows, outputs)
+        by_row, members = member is not None, 1 if member is not None else len(group.members)
+        self._kernels.expand[(-(-outputs // 128), self._tile_count)](
+            u_TX, y_TO, y_TO if bias is None else bias, self._anchor,
+            self._places[group.number, 0 if member is None else 1 + member], self._tiles, self._ranks,
+            outputs, u_TX.shape[1], member or 0, members,
+            STEP=self._step, BY_ROW=by_row, HAS_BIAS=bias is not None,
+            ROWS=TILE_ROWS, WIDTH=128, DEPTH=min(64, _block(members * self._most)),
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return y_TO
+
+    def correlate(
+        self, narrow_TX: torch.Tensor, wide_TI: torch.Tensor, group: "Group", *, member: int | None
     ) -> None:
-        assert len(set(map(id, adapters))) == len(adapters) == len(stops)
-        self._rows = slice(start, stops[-1])
-        self._adapters = adapters
-        # Rows of 16 bytes or a multiple are what the kernel can load, so ranks are padded to 8.
-        self._rank = -(-max(a.spec.rank for a in adapters) // 8) * 8
-        self._padded = any(a.spec.rank != self._rank for a in adapters)
-        self._ends_G = to_device(np.array(stops, np.int32) - np.int32(start), device)
-        scales_N = np.repeat([a.scale for a in adapters], np.diff([start, *stops]))
-        self._scales_N1 = to_device(scales_N.astype(np.float32)[:, None], device)
-
-    def add(self, site: str, x_NI: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
-        A_GRI, B_GOR = self._stacked(site)
-        u_NR = F.grouped_mm(x_NI[self._rows], A_GRI.mT, offs=self._ends_G).mul_(self._scales_N1)
-        y_NO[self._rows] += F.grouped_mm(u_NR, B_GOR.mT, offs=self._ends_G)
-        return u_NR
-
-    def backward(
-        self, site: str, shrunk: torch.Tensor, x_NI: torch.Tensor, dy_NO: torch.Tensor, dx_NI: torch.Tensor
-    ) -> None:
-        A_GRI, B_GOR = self._stacked(site)
-        dy_NO = dy_NO[self._rows]
-        du_NR = F.grouped_mm(dy_NO, B_GOR, offs=self._ends_G).mul_(self._scales_N1)
-        dx_NI[self._rows] += F.grouped_mm(du_NR, A_GRI, offs=self._ends_G)
-        dA_GRI = F.grouped_mm(du_NR.T, x_NI[self._rows], offs=self._ends_G)
-        dB_GOR = F.grouped_mm(dy_NO.T, shrunk, offs=self._ends_G)
-        self._accumulate(site, dA_GRI, dB_GOR)
-
-    def _stacked(self, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copied anew for the backward: holding every layer's stacks would cost all adapters' size again."""
-        pairs = [adapter.views[site] for adapter in self._adapters]
-        if not self._padded:
-            return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
-        A, B = pairs[0]
-        A_GRI = A.new_zeros(len(pairs), self._rank, A.shape[1])
-        B_GOR = B.new_zeros(len(pairs), B.shape[0], self._rank)
-        for g, (A, B) in enumerate(pairs):
-            A_GRI[g, : A.shape[0]] = A
-            B_GOR[g, :, : B.shape[1]] = B
-        return A_GRI, B_GOR
-
-    def _accumulate(self, site: str, dA_GRI: torch.Tensor, dB_GOR: torch.Tensor) -> None:
-        gradients = [adapter.gradient_views[site] for adapter in self._adapters]
-        ranks = [adapter.spec.rank for adapter in self._adapters]
-        # foreach runs as one kernel only where dtypes agree.
-        dA, dB = dA_GRI.float().unbind(), dB_GOR.float().unbind()
-        torch._foreach_add_([A for A, _ in gradients], [d[:r] for d, r in zip(dA, ranks, strict=True)])
-        torch._foreach_add_([B for _, B in gradients], [d[:, :r] for d, r in zip(dB, ranks, strict=True)])
+        """gradient of one member's B += dyᵀ u, or of all members' As += duᵀ x (member None)."""
+        by_row, members = member is None, len(group.members) if member is None else 1
+        inputs = wide_TI.shape[1]
+        places = self._gradient_places[group.number, 0 if member is None else 1 + member]
+        room = members * self._most * inputs
+        partial = self._gradient_anchor
+        if self._partials:
+            partial = torch.empty(self._partials * room, dtype=torch.float32, device=wide_TI.device)
+        depth = _block(members * self._most)
+        width = 64 if depth == 128 else 128
+        self._kernels.correlate[(-(-inputs // width), self._chunk_count, -(-members * self._most // depth))](
+            narrow_TX, wide_TI, self._gradient_anchor, partial, places, self._chunks, self._ranks,
+            inputs, narrow_TX.shape[1], member or 0, members, room,
+            STEP=self._step, BY_ROW=by_row, ROWS=64, WIDTH=width, DEPTH=depth,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        if self._spans is not None:
+            self._kernels.fold[(-(-room // 1024), self._span_count)](
+                partial, self._gradient_anchor, places, self._spans, self._ranks, members * inputs, room,
+                STEP=self._step, BLOCK=1024,
+            )  # fmt: skip
 
 
-def deltas(segments: Sequence[Segment], kind: Kind, *, grouped: bool, device: torch.device) -> Deltas | None:
-    """How to add the adapters that act on sites of `kind`; None where none does. Such rows cost nothing."""
-    acting = [s for s in segments if s.adapter is not None and targets(s.adapter.spec, kind)]
-    if not acting:
-        return None
-    if not grouped:
-        return Loop(acting)
-    stops: list[int] = []
-    adapters: list[Adapter] = []
-    end = acting[0].start
-    for segment in acting:
-        if segment.start != end:
-            return Loop(acting)
-        end = segment.stop
-        assert segment.adapter is not None
-        if adapters and adapters[-1] is segment.adapter:
-            stops[-1] = end
-        else:
-            stops.append(end)
-            adapters.append(segment.adapter)
-    if len(adapters) == 1 or len(set(map(id, adapters))) < len(adapters):
-        return Loop(acting)
-    return Grouped(acting[0].start, stops, adapters, device)
+def _block(width: int) -> int:
+    """A power of two, as Triton's blocks are, that holds so many columns or is one of several."""
+    return min(128, max(16, 1 << (width - 1).bit_length()))
 
 
+def _places(adapters: Sequence[Adapter], buffers: Sequence[torch.Tensor]) -> np.ndarray:
+    """[groups, 1 + MOST_MEMBERS, G]: how far from the first of `buffers` every matrix lies, in ALIGNMENTs."""
+    unit = ALIGNMENT * buffers[0].element_size()
+    apart = [buffer.data_ptr() - buffers[0].data_ptr() for buffer in buffers]
+    assert not any(bytes_ % unit for bytes_ in apart), apart
+    return np.stack([a.places + bytes_ // unit for a, bytes_ in zip(adapters, apart, strict=True)], -1)
+
+
+def tiles(segments: Sequence[Segment], number: dict[int, int], rows: int) -> np.ndarray:
+    """[tiles, 3]: first row, last row + 1, adapter (-1: none), covering all rows."""
+    found, at = [], 0
+    for start, stop, adapter in [
+        *((s.start, s.stop, number[id(s.adapter)]) for s in segments if s.adapter is not None),
+        (rows, rows, -1),
+    ]:
+        found += [(row, min(row + TILE_ROWS, start), -1) for row in range(at, start, TILE_ROWS)]
+        found += [(row, min(row + TILE_ROWS, stop), adapter) for row in range(start, stop, TILE_ROWS)]
+        at = stop
+    return np.array(found, np.int32)
+
+
+def chunks(segments: Sequence[Segment], number: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """[chunks, 4]: first row, last row + 1, adapter, slot among the partial sums (-1: none is needed); and
+    [adapters with several chunks, 3]: adapter, first slot, last slot + 1."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for s in segments:
+        if s.adapter is not None:
+            found.setdefault(number[id(s.adapter)], []).extend(
+                (row, min(row + CHUNK_ROWS, s.stop)) for row in range(s.start, s.stop, CHUNK_ROWS)
+            )
+    every, spans, slot = [], [], 0
+    for adapter, parts in found.items():
+        several = len(parts) > 1
+        every += [(*part, adapter, slot + n if several else -1) for n, part in enumerate(parts)]
+        if several:
+            spans.append((adapter, slot, slot + len(parts)))
+            slot += len(parts)
+    return np.array(every, np.int32), np.array(spans, np.int32)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Imported when there is a use for them: a machine without a GPU may have no Triton."""
+    return importlib.import_module("tinsmith_worker.kernels")
+
+
+def deltas(
+    segments: Sequence[Segment], rows: int, device: torch.device, *, kernels: bool, train: bool
+) -> dict[Kind, Deltas]:
+    """How the adapters of a pass act on either kind of group. `kernels`: through Triton's."""
+    shared: dict[tuple[int, ...], Rows] = {}
+    found: dict[Kind, Deltas] = {}
+    for kind in ("attn", "mlp"):
+        acting = [s for s in segments if s.adapter is not None and targets(s.adapter.spec, kind)]
+        if not kernels or not acting:
+            found[kind] = Loop(acting, train=train)
+            continue
+        which = tuple(s.start for s in acting)
+        if which not in shared:
+            shared[which] = Rows(acting, rows, device, train=train)
+        found[kind] = Packed(shared[which], train=train)
+    return found
+
+
+@dataclass
 class Pass:
     """What the base's modules need to know of the stream under way."""
 
-    def __init__(self, stream: Stream, *, grouped: bool) -> None:
-        device = stream.tokens_T.device
-        self.attention: Attention = stream.attention
-        self.deltas: dict[Kind, Deltas | None] = {
-            "attn": deltas(stream.segments, "attn", grouped=grouped, device=device),
-            "mlp": deltas(stream.segments, "mlp", grouped=grouped, device=device),
-        }
+    attention: Attention
+    deltas: dict[Kind, Deltas]
+    train: bool
+    may_compile: bool = False
+    recomputed_layers: int = 0  # so many, the first ones, compute their activations anew in the backward
+    kept: dict[int, Any] = field(default_factory=dict)  # what an attention layer's backward wants, by its key
 
 
 class Current:
@@ -174,47 +300,134 @@ class Current:
     now: Pass | None = None
 
 
-class LoraLinear(nn.Module):
-    """An nn.Linear of the base, with the adapters of the pass under way."""
+class Group:
+    """Linear maps that are given the same input, one after the other, as one map.
 
-    def __init__(self, linear: nn.Linear, site: Site, current: Current) -> None:
+    `number` is where adapters find their matrices, `key` how an operator of a compiled layer finds this.
+    """
+
+    def __init__(self, number: int, linears: Sequence[nn.Linear], kind: Kind, current: Current) -> None:
+        self.number = number
+        self.kind = kind
+        self.inputs = linears[0].in_features
+        self.members = tuple(LoraLinear(linear, self, place) for place, linear in enumerate(linears))
+        self.current = current
+        self.key = register(self)
+        self.outputs: tuple[torch.Tensor, ...] = ()  # of the members that have not been asked yet
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[..., I] to [..., O] of every member; outside of a pass the base alone."""
+        x_TI = x.reshape(-1, self.inputs)
+        if torch.compiler.is_compiling():
+            widths = [m.out_features for m in self.members] + [0] * (MOST_MEMBERS - len(self.members))
+            ys = group_forward(x_TI, self.key, *widths)[: len(self.members)]
+        elif self.current.now is None:
+            ys = tuple(F.linear(x_TI, m.weight, m.bias) for m in self.members)
+        else:
+            ys = _Apply.apply(x_TI, self, self.current.now.deltas[self.kind])
+        return tuple(y.view(*x.shape[:-1], m.out_features) for y, m in zip(ys, self.members, strict=True))
+
+    @property
+    def deltas(self) -> Deltas:
+        assert self.current.now is not None
+        return self.current.now.deltas[self.kind]
+
+
+class LoraLinear(nn.Module):
+    """An nn.Linear of the base. The first of its group computes for all; they are called in order."""
+
+    def __init__(self, linear: nn.Linear, group: Group, place: int) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._site = site
-        self._current = current
+        self.group = group
+        self._place = place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., I] to [..., O]; outside of a pass the base alone."""
-        now = self._current.now
-        acting = now.deltas[self._site.kind] if now else None
-        if acting is None:
-            return F.linear(x, self.weight, self.bias)
-        y_NO = _Apply.apply(x.reshape(-1, self.in_features), self.weight, self.bias, self._site.name, acting)
-        return y_NO.view(*x.shape[:-1], self.out_features)
+        group = self.group
+        if self._place == 0:
+            group.outputs = group(x)
+        y = group.outputs[self._place]
+        if self._place == len(group.members) - 1:
+            group.outputs = ()
+        return y
 
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_NI: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        site: str,
-        acting: Deltas,
-    ) -> torch.Tensor:
-        y_NO = F.linear(x_NI, weight, bias)
-        ctx.shrunk = acting.add(site, x_NI, y_NO)
-        ctx.save_for_backward(x_NI, weight)
-        ctx.site, ctx.acting = site, acting
-        return y_NO
+    def forward(ctx: Any, x_TI: torch.Tensor, group: Group, deltas: Deltas) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x_TI)
+        ctx.group, ctx.deltas = group, deltas
+        return tuple(deltas.forward(group, x_TI))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        x_NI, weight = ctx.saved_tensors
-        dy_NO = gradients[0].contiguous()
-        dx_NI = dy_NO @ weight
-        ctx.acting.backward(ctx.site, ctx.shrunk, x_NI, dy_NO, dx_NI)
-        return dx_NI, None, None, None, None
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (x_TI,) = ctx.saved_tensors
+        return ctx.deltas.backward(ctx.group, x_TI, [dy.contiguous() for dy in dys]), None, None
+
+
+# A compiled layer is one program for all layers and all passes: what differs from layer to layer it must be
+# given as a tensor (`key`), and what differs from pass to pass its operators look up when they run.
+
+_keys = itertools.count()
+_known: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+
+
+def register(owner: Any) -> torch.Tensor:
+    """A key by which an operator finds `owner`; it is forgotten with it."""
+    number = next(_keys)
+    _known[number] = owner
+    return torch.tensor(number)
+
+
+def owner_of(key: torch.Tensor) -> Any:
+    return _known[int(key)]
+
+
+@torch.library.custom_op("tinsmith::group_forward", mutates_args=())
+def group_forward(
+    x_TI: torch.Tensor, key: torch.Tensor, width0: int, width1: int, width2: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    group: Group = owner_of(key)
+    ys = group.deltas.forward(group, x_TI)
+    y0, y1, y2 = ys + [x_TI.new_empty(0) for _ in range(MOST_MEMBERS - len(ys))]
+    return y0, y1, y2
+
+
+@group_forward.register_fake
+def _(
+    x_TI: torch.Tensor, key: torch.Tensor, width0: int, width1: int, width2: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def empty(width: int) -> torch.Tensor:
+        return x_TI.new_empty(x_TI.shape[0], width) if width else x_TI.new_empty(0)
+
+    return empty(width0), empty(width1), empty(width2)
+
+
+@torch.library.custom_op("tinsmith::group_backward", mutates_args=())
+def group_backward(
+    x_TI: torch.Tensor, key: torch.Tensor, dy0: torch.Tensor, dy1: torch.Tensor, dy2: torch.Tensor
+) -> torch.Tensor:
+    group: Group = owner_of(key)
+    dys = (dy0, dy1, dy2)[: len(group.members)]
+    return group.deltas.backward(group, x_TI, [dy.contiguous() for dy in dys])
+
+
+@group_backward.register_fake
+def _(
+    x_TI: torch.Tensor, key: torch.Tensor, dy0: torch.Tensor, dy1: torch.Tensor, dy2: torch.Tensor
+) -> torch.Tensor:
+    return torch.empty_like(x_TI)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+
+
+def _backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    x_TI, key = ctx.saved_tensors
+    return group_backward(x_TI, key, *dys), None, None, None, None
+
+
+group_forward.register_autograd(_backward, setup_context=_keep)

@@ -3,22 +3,25 @@
 Shapes: T packed tokens, D hidden, V vocabulary.
 """
 
+import collections
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tinsmith.errors import InvalidInput
-from tinsmith_worker.adapters import Adapter, Kind, Site
+from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, Site
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
 from tinsmith_worker.head import Head
-from tinsmith_worker.lora import Current, LoraLinear, Pass
+from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, owner_of, register
 from tinsmith_worker.stream import Segment, Stream
 
 _ATTENTION = "tinsmith"
@@ -27,8 +30,8 @@ _ATTENTION = "tinsmith"
 class Base:
     """A frozen causal LM over packed streams. One thread at a time.
 
-    `sites` are the places an adapter can act on, the output embedding last. `grouped_deltas` and
-    `one_by_one` choose between the fast way and the one whose bits depend on nobody else's rows.
+    `sites` are the places an adapter can act on, the output embedding last. `kernels`: whether Triton's are
+    used. `is_deterministic`: whether bits must depend on nobody else's rows.
     """
 
     def __init__(self, model: Any, *, tokenizer: str = "") -> None:
@@ -58,7 +61,6 @@ class Base:
         output = model.get_output_embeddings()
         _refuse_unsupported(model, config, architecture)
         head_site = next(name for name, module in model.named_modules() if module is output)
-        self.head = Head(head_site, output.weight, output.bias)
         self.device, self.dtype = output.weight.device, output.weight.dtype
         self.facts = ModelFacts(
             vocab_size=min(output.weight.shape[0], self._embedding.weight.shape[0]),
@@ -67,18 +69,22 @@ class Base:
             tokenizer=tokenizer,
         )
         self._current = Current()
+        self.kernels = self.device.type == "cuda"
+        self.is_deterministic = False
+        self._last: tuple[int, int, tuple[Segment, ...], dict[Kind, Deltas]] = (0, 0, (), {})
+        self.recomputed_layers = 0  # of the last pass
+        self.bytes_per_token = 0.0  # of activations that a training pass keeps; 0 until there was one
+        layers = _layers(self._decoder, config)
         expected = self._probe_alone(architecture)
-        self.sites = (
-            *self._replace_linears(config),
-            Site(head_site, "unembed", inputs=output.weight.shape[1], outputs=output.weight.shape[0]),
-        )
+        together = self._linears_given_the_same(layers)
+        self.sites = tuple(self._replace_linears(layers, together))
+        inputs, outputs, group = output.weight.shape[1], output.weight.shape[0], self.sites[-1].group + 1
+        self.head = Head(group, output.weight, output.bias)
+        self.sites += (Site(head_site, "unembed", inputs, outputs, group),)
         AttentionInterface.register(_ATTENTION, _attention)
         model.set_attn_implementation(_ATTENTION)
-        self.grouped_deltas = (
-            self.device.type == "cuda" and self.dtype == torch.bfloat16 and fit_grouped_products(self.sites)
-        )
-        self.one_by_one = False
-        self._check_against(expected, architecture)
+        self.can_compile = self._check_against(expected, architecture)
+        self._layers = [_Layer(layer, n, self._current) for n, (_, layer) in enumerate(layers)]
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Self:
@@ -86,21 +92,70 @@ class Base:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         return cls(model.to(device=device), tokenizer=str(path))
 
+    def compile(self) -> None:
+        """Compile the layers for training passes, at the first one: half a minute, less when cached."""
+        assert self.can_compile
+        for layer in self._layers:
+            layer.compile()
+
     def forward(self, stream: Stream) -> torch.Tensor:
-        """Hidden states [T, D] after the final norm. With gradients on, backward reaches the adapters."""
+        """Hidden states [T, D] after the final norm. With gradients on, `backward` must be the next call."""
         embedded_1TD = self._embedding(stream.tokens_T.unsqueeze(0))
-        if torch.is_grad_enabled():
+        train = torch.is_grad_enabled()
+        if train:
             # Every parameter is frozen: this is what makes autograd record the pass at all.
             embedded_1TD.requires_grad_(True)
-        self._current.now = Pass(stream, grouped=self.grouped_deltas)
+        now = Pass(
+            stream.attention,
+            self._deltas(stream, train=train),
+            train=train,
+            may_compile=isinstance(stream.attention, CausalSequences),  # a sampler's is not
+            recomputed_layers=self._layers_beyond_memory(len(stream.tokens_T)) if train else 0,
+        )
+        self._current.now = now
+        self.recomputed_layers = now.recomputed_layers
+        before = self._allocated()
         try:
             output = self._decoder(
                 inputs_embeds=embedded_1TD, position_ids=stream.positions_T.unsqueeze(0), use_cache=False
             )
-        finally:
+        except BaseException:
             self._current.now = None
+            raise
+        if not train:
+            self._current.now = None
+        elif not now.recomputed_layers:
+            self.bytes_per_token = (self._allocated() - before) / len(stream.tokens_T)
         hidden_1TD: torch.Tensor = output.last_hidden_state
         return hidden_1TD.squeeze(0)
+
+    def _deltas(self, stream: Stream, *, train: bool) -> dict[Kind, Deltas]:
+        rows = len(stream.tokens_T)
+        if not train and self._last[:2] == (id(stream.segments), rows):
+            return self._last[3]  # a sampler's next token: everything is where it was
+        found = deltas(stream.segments, rows, self.device, kernels=self.kernels, train=train)
+        if not train:
+            self._last = (id(stream.segments), rows, stream.segments, found)
+        return found
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _layers_beyond_memory(self, tokens: int) -> int:
+        """How many layers' activations the device has no room for, judging by the last pass that kept all."""
+        if self.device.type != "cuda" or not self.bytes_per_token:
+            return 0
+        free = torch.cuda.mem_get_info(self.device)[0] - _BESIDE_ACTIVATIONS
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        of_layer = tokens * self.bytes_per_token / len(self._layers)
+        return min(len(self._layers), max(0, math.ceil((tokens * self.bytes_per_token - free) / of_layer)))
+
+    def backward(self, hidden_TD: torch.Tensor, gradient_TD: torch.Tensor) -> None:
+        """From dL/dhidden of the last `forward` to the adapters' gradients."""
+        try:
+            hidden_TD.backward(gradient_TD)
+        finally:
+            self._current.now = None
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -122,20 +177,67 @@ class Base:
         adapter.take(state, optimizer=optimizer)
         return adapter
 
-    def _replace_linears(self, config: Any) -> Iterator[Site]:
+    def _replace_linears(
+        self, layers: list[tuple[str, nn.Module]], together: list[list[nn.Module]]
+    ) -> Iterator[Site]:
+        """`together`: linears that are given the same input, in the order they are called in."""
         prefix = f"{self._model.base_model_prefix}."
-        for path, layer in _layers(self._decoder, config):
-            for name, linear in list(layer.named_modules()):
-                if not isinstance(linear, nn.Linear):
-                    continue
-                kind: Kind = "attn" if "attn" in name.lower() or "attention" in name.lower() else "mlp"
-                site = Site(f"{prefix}{path}.{name}", kind, linear.in_features, linear.out_features)
-                parent_name, _, child = name.rpartition(".")
-                parent = layer.get_submodule(parent_name)
-                setattr(parent, child, LoraLinear(linear, site, self._current))
-                # The attention function is handed the module that calls it, and nothing of ours.
-                parent.tinsmith_current = self._current  # type: ignore[assignment]
-                yield site
+        group_of = {id(linear): group for group in together for linear in group}
+        number = 0
+        for path, layer in layers:
+            names = {id(m): name for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+            for linear in [m for m in layer.modules() if isinstance(m, nn.Linear)]:
+                if id(linear) not in names:
+                    continue  # was replaced with its group
+                linears: list[Any] = group_of.get(id(linear), [linear])
+                of_group = [names.pop(id(one)) for one in linears]
+                at_attention = any(word in of_group[0].lower() for word in ("attn", "attention"))
+                kind: Kind = "attn" if at_attention else "mlp"
+                group = Group(number, linears, kind, self._current)
+                for name, one, member in zip(of_group, linears, group.members, strict=True):
+                    parent_name, _, child = name.rpartition(".")
+                    parent = layer.get_submodule(parent_name)
+                    setattr(parent, child, member)
+                    # The attention function is handed the module that calls it, and nothing of ours.
+                    if not hasattr(parent, "tinsmith_current"):
+                        parent.tinsmith_current = self._current  # type: ignore[assignment]
+                        parent.tinsmith_key = register(self._current)
+                    yield Site(f"{prefix}{path}.{name}", kind, one.in_features, one.out_features, number)
+                number += 1
+
+    def _linears_given_the_same(self, layers: list[tuple[str, nn.Module]]) -> list[list[nn.Module]]:
+        """Linears of one module that the untouched model calls one after the other on one tensor."""
+        groups: list[list[nn.Module]] = []
+        last: list[Any] = [None]  # what the call before was given; held, or its memory could be used again
+
+        def watch(parent: nn.Module) -> Callable[[nn.Module, Any], None]:
+            def see(linear: nn.Module, inputs: Any) -> None:
+                given = (parent, inputs[0], inputs[0]._version)
+                joins = last[0] is not None and all(
+                    a is b or (type(a) is int and a == b) for a, b in zip(given, last[0], strict=True)
+                )
+                if joins and len(groups[-1]) < MOST_MEMBERS and linear not in groups[-1]:
+                    groups[-1].append(linear)
+                else:
+                    groups.append([linear])
+                # Only so do the As of a group lie on top of each other in an adapter's buffer.
+                last[0] = given if inputs[0].shape[-1] % ALIGNMENT == 0 else None
+
+            return see
+
+        hooks = [
+            child.register_forward_pre_hook(watch(parent))
+            for _, layer in layers
+            for parent in layer.modules()
+            for child in parent.children()
+            if isinstance(child, nn.Linear)
+        ]
+        with torch.no_grad():
+            self._decoder(input_ids=self._probe_tokens()[None, : _PROBE_LENGTHS[0]], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        calls = collections.Counter(id(linear) for group in groups for linear in group)
+        return [group for group in groups if all(calls[id(linear)] == 1 for linear in group)]
 
     def _probe_alone(self, architecture: str) -> list[torch.Tensor]:
         """The untouched model's logits of a few sequences, each by itself.
@@ -172,9 +274,9 @@ class Base:
         numbers_T = torch.arange(sum(_PROBE_LENGTHS), device=self.device)
         return (numbers_T * 7919 + 13) % self.facts.vocab_size
 
-    def _check_against(self, expected: list[torch.Tensor], architecture: str) -> None:
+    def _check_against(self, expected: list[torch.Tensor], architecture: str) -> bool:
         """Packed through our attention, linears and head, the base must say what it said by itself, and
-        its gradients must come through."""
+        its gradients must come through. Whether its layers could be compiled."""
         positions_T = torch.cat([torch.arange(n, device=self.device) for n in _PROBE_LENGTHS])
         adapter = self.new_adapter(LoraSpec(rank=1, seed=0))  # B is zero: it adds nothing
         adapter.open_gradient()
@@ -192,20 +294,43 @@ class Base:
                 "it does something with attention, positions or logits that this engine does not know of"
             )
         # Not the same everywhere: a norm's gradient would be zero.
-        hidden_TD.backward(torch.linspace(-1, 1, hidden_TD.numel()).view_as(hidden_TD).to(hidden_TD))
+        self.backward(hidden_TD, torch.linspace(-1, 1, hidden_TD.numel()).view_as(hidden_TD).to(hidden_TD))
         assert adapter.gradient is not None
         if not 0 < float(adapter.gradient.norm()) < float("inf"):
             raise InvalidInput(
                 f"{architecture} cannot be trained: its gradients do not come through or are not finite"
             )
+        return attention.in_one_call
 
 
 _PROBE_LENGTHS = [40, 24]
 
+# What a backward needs beside the activations: a chunk of the head's logits, a layer's gradients, fragments.
+_BESIDE_ACTIVATIONS = 4 << 30
 
-def fit_grouped_products(sites: Sequence[Site]) -> bool:
-    """grouped_mm loads 16 bytes at a time. The head, whose size is the vocabulary's, does without."""
-    return all(site.inputs % 8 == site.outputs % 8 == 0 for site in sites if site.kind != "unembed")
+
+class _Layer:
+    """A decoder layer's `forward` as the pass under way wants it: compiled, its activations kept or not."""
+
+    def __init__(self, layer: nn.Module, number: int, current: Current) -> None:
+        self._number = number
+        self._eager: Callable[..., Any] = layer.forward
+        self._compiled: Callable[..., Any] | None = None
+        self._current = current
+        layer.forward = self
+
+    def compile(self) -> None:
+        # All layers are one piece of code, compiled once, and for any number of tokens.
+        self._compiled = torch.compile(self._eager, dynamic=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = self._current.now
+        if now is None:
+            return self._eager(*args, **kwargs)
+        run = self._compiled if self._compiled is not None and now.may_compile else self._eager
+        if self._number >= now.recomputed_layers:
+            return run(*args, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _layers(decoder: Any, config: Any) -> list[tuple[str, nn.Module]]:
@@ -264,10 +389,74 @@ def _attention(
         )
     if any(others.get(name) is not None for name in ("softcap", "s_aux")):
         raise InvalidInput(f"{type(module).__name__} caps its attention scores or has sinks: not supported")
-    current: Any = module.tinsmith_current
-    output_THC = current.now.attention.attend(
-        module.layer_idx,
-        *(x.squeeze(0).transpose(0, 1) for x in (query_1HTC, key_1GTC, value_1GTC)),
-        scaling if scaling is not None else query_1HTC.shape[-1] ** -0.5,
-    )
+    called: Any = module
+    scale = scaling if scaling is not None else query_1HTC.shape[-1] ** -0.5
+    parts = [x.squeeze(0).transpose(0, 1) for x in (query_1HTC, key_1GTC, value_1GTC)]
+    if torch.compiler.is_compiling():
+        output_THC = _attend(*parts, called.tinsmith_key, scale)
+    else:
+        output_THC = called.tinsmith_current.now.attention.attend(called.layer_idx, *parts, scale)
     return output_THC.unsqueeze(0), None
+
+
+@torch.library.custom_op("tinsmith::attend", mutates_args=())
+def _attend(
+    query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, key: torch.Tensor, scale: float
+) -> torch.Tensor:
+    now = owner_of(key).now
+    output_THC, kept = now.attention.forward(query_THC, key_TGC, value_TGC, scale)
+    if now.train:
+        now.kept[int(key)] = kept
+    return output_THC
+
+
+@_attend.register_fake
+def _(
+    query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, key: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return query_THC.new_empty(query_THC.shape)
+
+
+@torch.library.custom_op("tinsmith::attend_backward", mutates_args=())
+def _attend_backward(
+    gradient_THC: torch.Tensor,
+    query_THC: torch.Tensor,
+    key_TGC: torch.Tensor,
+    value_TGC: torch.Tensor,
+    output_THC: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    now = owner_of(key).now
+    kept = now.kept.pop(int(key))
+    found = now.attention.backward(gradient_THC, query_THC, key_TGC, value_TGC, output_THC, kept, scale)
+    dq, dk, dv = (x.contiguous() for x in found)
+    return dq, dk, dv
+
+
+@_attend_backward.register_fake
+def _(
+    gradient_THC: torch.Tensor,
+    query_THC: torch.Tensor,
+    key_TGC: torch.Tensor,
+    value_TGC: torch.Tensor,
+    output_THC: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query_THC, key_TGC, value_TGC))
+    return dq, dk, dv
+
+
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _differentiate_attention(ctx: Any, gradient_THC: torch.Tensor) -> tuple[Any, ...]:
+    query_THC, key_TGC, value_TGC, key, output_THC = ctx.saved_tensors
+    found = _attend_backward(gradient_THC, query_THC, key_TGC, value_TGC, output_THC, key, ctx.scale)
+    return *found, None, None
+
+
+_attend.register_autograd(_differentiate_attention, setup_context=_keep_attention)

@@ -1,6 +1,7 @@
 """An engine that answers without computing, for measuring everything around it. No torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,21 +51,8 @@ class NullEngine:
             for w in work
         ]
 
-    def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
-        state = self._runs[run_id]
-        self.restore(
-            run_id,
-            AdapterState(
-                state.spec,
-                state.tensors,
-                state.weights + 1,
-                state.moment1,
-                state.moment2,
-                None,
-                state.step + 1,
-            ),
-        )
-        return {"grad_norm": 0.0, "step": float(state.step + 1), "learning_rate": params.learning_rate}
+    def optim_steps(self, steps: Sequence[tuple[str, AdamParams]]) -> list[dict[str, float] | Failure]:
+        return [self._step(run_id, params) for run_id, params in steps]
 
     def state(self, run_id: str) -> AdapterState:
         return self._runs[run_id]
@@ -74,6 +62,11 @@ class NullEngine:
 
     def load(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
         self._runs[run_id] = state
+
+    def _step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
+        state = self._runs[run_id]
+        self._runs[run_id] = replace(state, weights=state.weights + 1, gradient=None, step=state.step + 1)
+        return {"grad_norm": 0.0, "step": float(state.step + 1), "learning_rate": params.learning_rate}
 
 
 class NullSampler:

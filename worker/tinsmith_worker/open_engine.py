@@ -1,5 +1,6 @@
 """The torch engine and its sampler on one base model, on the GPU when there is one."""
 
+import os
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def open_engine(path: str, *, deterministic: bool, pass_tokens: int) -> tuple[En
         device=torch.device("cuda" if on_gpu else "cpu"),
         dtype=torch.bfloat16 if on_gpu else torch.float32,
     )
-    settings = EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic)
+    engine = TorchEngine(base, EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic))
+    if on_gpu:
+        engine.warm_up()
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    return TorchEngine(base, settings), TorchSampler(base, tokenizer)
+    return engine, TorchSampler(base, tokenizer)

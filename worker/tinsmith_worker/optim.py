@@ -1,6 +1,8 @@
 """AdamW on an adapter's flat buffers, as torch.optim.AdamW does it tensor by tensor."""
 
+import importlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,32 +11,55 @@ from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import AdamParams, Failure
 
 
-def step(adapter: Adapter, params: AdamParams) -> dict[str, float] | Failure:
-    """Apply the accumulated gradient (zeros if there is none) and clear it.
+def steps(wanted: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float] | Failure]:
+    """Apply the accumulated gradient (zeros if there is none) of each adapter and clear it.
 
-    Clipping is torch.nn.utils.clip_grad_norm_ over all of the adapter's tensors. The metrics are `grad_norm`
+    Clipping is torch.nn.utils.clip_grad_norm_ over all of an adapter's tensors. The metrics are `grad_norm`
     (before clipping), `step` and `learning_rate`. A gradient that is not finite is a Failure: it is cleared,
-    everything else stays as it was. Parameters that float32 cannot compute with are a Failure that leaves
-    the gradient as well. Waits for the device, once.
+    everything else of that adapter stays as it was. Parameters that float32 cannot compute with are a Failure
+    that leaves the gradient as well. Waits for the device once, when everything is on its way.
     """
+    assert len({id(adapter) for adapter, _ in wanted}) == len(wanted), (
+        "an adapter can take one step at a time"
+    )
+    begun = [_begin(adapter, params) for adapter, params in wanted]
+    on_device = [norm for norm in begun if isinstance(norm, torch.Tensor)]
+    norms = iter(torch.stack(on_device).tolist() if on_device else [])
+    return [
+        _finish(adapter, params, next(norms)) if isinstance(norm, torch.Tensor) else norm
+        for (adapter, params), norm in zip(wanted, begun, strict=True)
+    ]
+
+
+def _begin(adapter: Adapter, params: AdamParams) -> torch.Tensor | Failure:
+    """The gradient's norm, after which everything happens on the device; only the step is not counted yet."""
     if trouble := _trouble(params, adapter.step + 1):
         return Failure(trouble)
     adapter.open_gradient()
     gradient = adapter.gradient
     assert gradient is not None
+    if gradient.is_cuda:
+        norm = torch.linalg.vector_norm(gradient)
+        _adamw_in_one_kernel(adapter, gradient, norm, params)
+        return norm
     norm = torch.nn.utils.get_total_norm(adapter.tensors_of(gradient))
-    grad_norm = norm.item()
+    if torch.isfinite(norm):
+        if params.grad_clip_norm > 0:
+            gradient.mul_((params.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        _adamw(adapter, gradient, params)
+        adapter.refresh()
+    gradient.zero_()
+    return norm
+
+
+def _finish(adapter: Adapter, params: AdamParams, grad_norm: float) -> dict[str, float] | Failure:
+    adapter.has_gradient = False
     if not math.isfinite(grad_norm):
-        adapter.clear_gradient()
         return Failure(
             f"the gradient is not finite (its norm is {grad_norm}): it was cleared and the weights were left "
             "as they were; look for extreme weights, advantages or logprobs in the batches of this step"
         )
-    if params.grad_clip_norm > 0:
-        gradient.mul_((params.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
-    _adamw(adapter, gradient, params)
-    adapter.refresh()
-    adapter.clear_gradient()
+    adapter.step += 1
     return {"grad_norm": grad_norm, "step": float(adapter.step), "learning_rate": params.learning_rate}
 
 
@@ -68,11 +93,33 @@ def _float32(value: float) -> float:
 def _adamw(adapter: Adapter, gradient: torch.Tensor, params: AdamParams) -> None:
     """Loshchilov and Hutter 2019, algorithm 2, in torch's operations and order: the same bits."""
     moment1, moment2 = adapter.open_moments()
-    adapter.step += 1
+    step_size, root_of_correction2 = _corrections(adapter, params)
     adapter.weights.mul_(1 - params.learning_rate * params.weight_decay)
     moment1.lerp_(gradient, 1 - params.beta1)
     moment2.mul_(params.beta2).addcmul_(gradient, gradient, value=1 - params.beta2)
-    step_size = params.learning_rate / (1 - params.beta1**adapter.step)
-    root_of_correction2 = math.sqrt(1 - params.beta2**adapter.step)
     denominator = (moment2.sqrt() / root_of_correction2).add_(params.eps)
     adapter.weights.addcdiv_(moment1, denominator, value=-step_size)
+
+
+def _adamw_in_one_kernel(
+    adapter: Adapter, gradient: torch.Tensor, norm: torch.Tensor, params: AdamParams
+) -> None:
+    """`_adamw`, clipping, `refresh` and the cleared gradient: every buffer is read and written once."""
+    kernels = importlib.import_module("tinsmith_worker.kernels")
+    moment1, moment2 = adapter.open_moments()
+    step_size, root_of_correction2 = _corrections(adapter, params)
+    kernels.adamw[(-(-gradient.numel() // _BLOCK),)](
+        adapter.weights, adapter.compute, gradient, moment1, moment2, norm, gradient.numel(),
+        1 - params.learning_rate * params.weight_decay, params.beta1, params.beta2, step_size,
+        root_of_correction2, params.eps, params.grad_clip_norm,
+        HAS_COPY=adapter.compute is not adapter.weights, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+_BLOCK = 1024
+
+
+def _corrections(adapter: Adapter, params: AdamParams) -> tuple[float, float]:
+    """(learning rate over 1 - beta1^t, square root of 1 - beta2^t), for the step that is under way."""
+    step = adapter.step + 1
+    return params.learning_rate / (1 - params.beta1**step), math.sqrt(1 - params.beta2**step)

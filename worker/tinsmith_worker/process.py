@@ -367,10 +367,13 @@ class Worker:
                 self._pass(work)
             metrics.TOKENS.labels(batch[0].group).inc(sum(item.tokens for item in batch))
             return
+        steps = [p for p in work if p.operation.kind == ops.OPTIM_STEP and p.failure is None]
         for prepared in work:
-            if self._is_here(prepared.operation.subject):  # unless the call before it was this run's end
+            # Unless the call before it was this run's end.
+            if prepared not in steps and self._is_here(prepared.operation.subject):
                 with metrics.COMPUTE.labels(prepared.operation.kind).time():
                     self._call(prepared)
+        self._optim_steps([p for p in steps if self._is_here(p.operation.subject)])
 
     def _is_here(self, run_id: str) -> bool:
         return run_id in self.held and not self.held[run_id].is_broken
@@ -467,8 +470,6 @@ class Worker:
             match kind:
                 case ops.CREATE_MODEL:
                     self._create(prepared)
-                case ops.OPTIM_STEP:
-                    self._optim_step(prepared)
                 case ops.LOAD_WEIGHTS:
                     self._load(prepared)
                 case _:
@@ -495,16 +496,37 @@ class Worker:
         if prepared.loaded is not None:
             self._snapshot(operation.subject)
 
-    def _optim_step(self, prepared: Prepared) -> None:
-        run_id, started = prepared.operation.subject, time.monotonic()
-        self.slots.bring([run_id])
-        stepped = self.engine.optim_step(run_id, AdamParams(**prepared.given["adam_params"]))
+    def _optim_steps(self, work: list[Prepared]) -> None:
+        """The steps of many runs at once: as many as there is room for, and by themselves those that failed
+        in company."""
+        of_run = {prepared.operation.subject: prepared for prepared in self._without_orphans(work)}
+        singles = [
+            run_id
+            for run_id, prepared in of_run.items()
+            if self.held[run_id].is_suspect or prepared.operation.request_id in self.alone
+        ]
+        together = [r for r in of_run if r not in singles]
+        for run_ids in [*([r] for r in singles), *self.slots.in_parts(together)]:
+            group, started = [of_run[run_id] for run_id in run_ids], time.monotonic()
+            try:
+                with metrics.COMPUTE.labels(ops.OPTIM_STEP).time():
+                    self.slots.bring(run_ids)
+                    answered = self.engine.optim_steps(
+                        [(p.operation.subject, AdamParams(**p.given["adam_params"])) for p in group]
+                    )
+            except Exception as error:  # some may have been applied
+                self._recover(group, error)
+                continue
+            for prepared, stepped in zip(group, answered, strict=True):
+                self.held[prepared.operation.subject].point.computed_seconds += time.monotonic() - started
+                self._stepped(prepared, stepped)
+
+    def _stepped(self, prepared: Prepared, stepped: dict[str, float] | Failure) -> None:
         if isinstance(stepped, Failure):
             self._failed(prepared, stepped, has_effect=True)  # such as a cleared gradient
             return
         self._done(prepared, lambda: answers.optim_step(stepped))
-        self.held[run_id].point.computed_seconds += time.monotonic() - started
-        self._snapshot_if_due(run_id)
+        self._snapshot_if_due(prepared.operation.subject)
 
     def _load(self, prepared: Prepared) -> None:
         assert prepared.loaded is not None

@@ -67,6 +67,19 @@ class Slots:
                 self._enter(run_id, state.spec)
                 metrics.PAGE_INS.labels("host").inc()
 
+    def in_parts(self, run_ids: Collection[str]) -> list[list[str]]:
+        """The runs in parts that can be on the device at once."""
+        parts: list[list[str]] = []
+        room = 0
+        for run_id in run_ids:
+            size = self._on_device.get(run_id) or self._engine.size_bytes(self._in_host[run_id].spec)
+            if size > room:
+                parts.append([])
+                room = self.slot_bytes
+            parts[-1].append(run_id)
+            room -= size
+        return parts
+
     def state(self, run_id: str) -> AdapterState:
         """A copy of all of it, from wherever it is."""
         return self._in_host.get(run_id) or self._engine.state(run_id)

@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,13 @@ def timed(step: Callable[[], None], tokens: int, *, seconds: float, repeats: int
         synchronize()
         taken.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None
+    return summary(tokens, taken) | {"peak GiB": peak}
+
+
+def summary(tokens: int, taken: list[float]) -> Row:
     middle = statistics.median(taken)
     return {"tokens/s": tokens / middle, "slowest": tokens / max(taken), "fastest": tokens / min(taken),
-            "seconds": middle, "steps": len(taken), "peak GiB": peak}  # fmt: skip
+            "seconds": middle, "steps": len(taken)}  # fmt: skip
 
 
 def synchronize() -> None:
@@ -119,38 +124,48 @@ def free() -> None:
 
 
 def time_peft(model: Any, rank: int, tenants: Sequence[Sequence[int]], *, seconds: float, half: bool) -> Row:
-    """Every tenant's sequences in padded batches of like lengths, a step each. One adapter stands for all:
-    exchanging them would only add to the time. `half`: adapters of the base's dtype instead of float32."""
-    config = peft.LoraConfig(r=rank, lora_alpha=32, target_modules=LINEARS)
-    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=not half).train()
-    adapters = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=1e-5, betas=(0.9, 0.95), fused=ON_GPU or None)
-    vocabulary = model.config.vocab_size
+    """`half`: adapters of the base's dtype instead of float32."""
+    # They come one after the other: a part of them tells as well how many tokens a second it is.
+    tenants = [tenant[:32] for tenant in tenants[:4]]
+    wrapped = with_adapter(model, rank, half=half)
     try:
-        for at_once in (8192, 4096, 2048) if ON_GPU else (2048,):
-            batches = [[padded(group, vocabulary) for group in alike(t, at_once)] for t in tenants]
-
-            def step(batches: list[Any] = batches) -> None:
-                for of_tenant in batches:
-                    for tokens, targets, mask in of_tenant:
-                        logits = wrapped(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-                        loss = F.cross_entropy(
-                            logits.float().flatten(0, 1), targets.flatten(), reduction="sum"
-                        )
-                        loss.backward()
-                        del logits, loss
-                    optimizer.step()
-                    optimizer.zero_grad()
-
+        for at_once in (8192, 4096, 2048):
             try:
-                found = timed(step, sum(map(sum, tenants)), seconds=seconds)
-                return found | {"at once": at_once, "adapters": str(adapters[0].dtype)}
+                found = timed(peft_step(wrapped, tenants, at_once), sum(map(sum, tenants)), seconds=seconds)
+                dtype = "base's" if half else "float32"
+                return found | {"at once": at_once, "adapters": dtype, "tenants": len(tenants)}
             except torch.OutOfMemoryError:
-                optimizer.zero_grad()
+                wrapped.zero_grad()
                 free()
         raise RuntimeError("no memory for PEFT, however small its batches")
     finally:
         wrapped.unload()
+
+
+def with_adapter(model: Any, rank: int, *, half: bool = False) -> Any:
+    config = peft.LoraConfig(r=rank, lora_alpha=32, target_modules=LINEARS)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=not half).train()
+
+
+def peft_step(wrapped: Any, tenants: Sequence[Sequence[int]], at_once: int) -> Callable[[], None]:
+    """Every tenant's sequences in padded batches of like lengths, a step each. One adapter stands for all:
+    exchanging them would only add to the time."""
+    adapters = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-5, betas=(0.9, 0.95), fused=ON_GPU or None)
+    vocabulary = wrapped.config.vocab_size
+    batches = [[padded(group, vocabulary) for group in alike(tenant, at_once)] for tenant in tenants]
+
+    def step() -> None:
+        for of_tenant in batches:
+            for tokens, targets, mask in of_tenant:
+                logits = wrapped(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+                loss.backward()
+                del logits, loss
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
 def alike(lengths: Sequence[int], at_once: int) -> list[list[int]]:
@@ -287,27 +302,25 @@ def side_by_side(shape: str, cases: list[Case], seconds: float, max_tokens: int 
 
 
 def adapters_8b(seconds: float) -> Rows:
-    """16k tokens as 1, 8, 32, 64 adapters; ranks; one wide among narrow ones."""
+    """16k tokens as 1 to 64 adapters of a rank, as one of several ranks, and as one wide among narrow ones."""
     engine = the_8b()
-    for rank in (8, 32):
-        for count in (1, 8, 32, 64):
-            wanted = engine.size_bytes(LoraSpec(rank, 0, train_unembed=False)) * count
-            row: Row = {"adapters": count, "ranks": str(rank)}
-            if wanted > torch.cuda.mem_get_info()[0] - (30 << 30):
-                row["error"] = "no room on this card"
-            else:
-                tenants = [[256] * (64 // count)] * count
-                row["engine"] = time_engine(engine, [rank] * count, tenants, seconds=seconds)
-            yield row
-    ranks_of = {"128": [128], "32 of 8": [8] * 32, "128 and 31 of 8": [128] + [8] * 31}
-    for name, ranks in ranks_of.items():
-        tenants = [[256] * (64 // len(ranks))] * len(ranks)
-        found = time_engine(engine, ranks, tenants, seconds=seconds)
-        yield {"adapters": len(ranks), "ranks": name, "engine": found}
+    cases = [[8], [8] * 8, [8] * 32, [8] * 64, [32], [32] * 8, [32] * 32, [32] * 64, [128], [128] + [8] * 31]
+    for ranks in cases:
+        wanted = sum(engine.size_bytes(LoraSpec(rank, 0, train_unembed=False)) for rank in ranks)
+        row: Row = {
+            "adapters": len(ranks),
+            "ranks": " and ".join(f"{len(list(g))} of {r}" for r, g in groupby(ranks)),
+        }
+        if wanted > torch.cuda.mem_get_info()[0] - (24 << 30):
+            row["error"] = "no room on this card"
+        else:
+            tenants = [[256] * (64 // len(ranks))] * len(ranks)
+            row["engine"] = time_engine(engine, ranks, tenants, seconds=seconds)
+        yield row
 
 
 def lengths_8b(seconds: float) -> Rows:
-    """32k tokens in sequences of 512 to 32k, against the law: 4 N + 7 s d L + 6 P operations per token."""
+    """16k tokens in sequences of 512 to 8k, and one of 32k, against the law: 4 N + 7 s d L + 6 P operations per token."""
     engine, shape = the_8b(), SHAPES["8B"]
     layers = sum(
         m.weight.numel()
@@ -320,7 +333,7 @@ def lengths_8b(seconds: float) -> Rows:
     first = 0.0
     for length in (512, 2048, 8192, 32768):
         engine._settings = EngineSettings(max(8192, length))
-        found = time_engine(engine, [32], [[length] * (32768 // length)], seconds=seconds)
+        found = time_engine(engine, [32], [[length] * max(1, 16384 // length)], seconds=seconds)
         flops = 4 * parameters + 7 * length * width + 6 * 87_293_952
         rate = found["tokens/s"] * flops / 1e12
         first = first or rate
@@ -336,21 +349,23 @@ def lengths_8b(seconds: float) -> Rows:
 def deterministic_8b(seconds: float) -> Rows:
     """What deterministic mode costs, and how far packed and alone are apart without it. Comes last: it changes
     torch's settings."""
-    cases = {
+    cases: dict[str, list[Sequence[int]]] = {
+        "4 x 8 ragged 32..2048": [ragged(8, 2048, n) for n in range(4)],
         "1 x 32 x 512": [[512] * 32],
         "16 x 8 x 128": [[128] * 8] * 16,
-        "8 x 8 ragged 32..2048": [ragged(8, 2048, n) for n in range(8)],
     }
     fast = the_8b()
-    rows = [
-        {"work": n, "fast": time_engine(fast, [32] * len(t), t, seconds=seconds)} for n, t in cases.items()
-    ]
     yield {"work": "packed against alone, fast", **apart(fast)}
+    rows: list[Row] = []
+    for name, lengths in cases.items():
+        rows.append({"work": name, "fast": time_engine(fast, [32] * len(lengths), lengths, seconds=seconds)})
+        yield rows[-1]
     engine = TorchEngine(fast.base, EngineSettings(deterministic=True))
-    for row, lengths in zip(rows, cases.values(), strict=True):
-        found = time_engine(engine, [32] * len(lengths), lengths, seconds=seconds)
-        yield row | {"deterministic": found, "price": row["fast"]["tokens/s"] / found["tokens/s"] - 1}
     yield {"work": "packed against alone, deterministic", **apart(engine)}
+    for row, lengths in zip(rows, cases.values(), strict=True):
+        row["deterministic"] = time_engine(engine, [32] * len(lengths), lengths, seconds=seconds)
+        row["price"] = row["fast"]["tokens/s"] / row["deterministic"]["tokens/s"] - 1
+        yield {}
 
 
 def apart(engine: TorchEngine) -> Row:
@@ -454,8 +469,31 @@ def cpu(seconds: float) -> Rows:
         ("16 x 1 x 32", 16, [[32]] * 16),
         ("16 x 2 ragged 1..64", 16, [ragged(2, 64, n) for n in range(16)]),
     ]
-    yield from side_by_side("tiny", cases, seconds)
-    yield from side_by_side("0.6B, 4 of 28 layers, 8k of 152k words", cases, seconds)
+    yield from by_turns("tiny", cases, seconds)
+    yield from by_turns("0.6B, 4 of 28 layers, 8k of 152k words", cases, seconds)
+
+
+def by_turns(shape: str, cases: list[Case], seconds: float) -> Rows:
+    """One step of PEFT, one of the engine, and again: what else the machine does slows both down."""
+    wrapped = with_adapter(model_of(shape), 16)
+    engine, _ = engine_on(model_of(shape))
+    for name, rank, tenants in cases:
+        ours, names = ready(engine, [rank] * len(tenants), tenants)
+        both = {"PEFT": peft_step(wrapped, tenants, 2048), "engine": ours}
+        taken: dict[str, list[float]] = {name: [] for name in both}
+        began = time.perf_counter()
+        while len(taken["engine"]) < 4 or time.perf_counter() - began < seconds:
+            for who, step in both.items():
+                start = time.perf_counter()
+                step()
+                taken[who].append(time.perf_counter() - start)
+        tokens = sum(map(sum, tenants))
+        rates = {who: summary(tokens, times[1:]) for who, times in taken.items()}
+        ratios = [theirs / mine for theirs, mine in zip(taken["PEFT"][1:], taken["engine"][1:], strict=True)]
+        row: Row = {"work": name, "shape": shape, "rank": rank, "tokens": tokens, **rates}
+        yield row | {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        for run in names:
+            engine.drop(run)
 
 
 PARTS: dict[str, Callable[[float], Rows]] = (
@@ -477,6 +515,9 @@ def machine() -> Row:
     name = (
         torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()} cores of {platform.machine()}, no GPU"
     )
+    if ON_GPU:
+        torch.ones(1, device=DEVICE)
+        say("allocator", torch.cuda.memory._snapshot()["allocator_settings"])
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -523,6 +564,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no more is measured")
     parser.add_argument("--to", type=Path, default=Path("bench-train.json"), help="where the report goes")
     given = parser.parse_args()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as a worker does
     command = "tests/benchmarks/train.py " + " ".join(sys.argv[1:])
     report: Row = {"command": command, "machine": machine(), "parts": {}}
     for part in given.parts.split(","):

@@ -25,7 +25,15 @@ import tiny
 import torch
 
 from tinsmith.wire.batch import TrainInput
-from tinsmith_worker.contract import AdamParams, Failure, LoraSpec, SampleInput, SampleOutput, Work
+from tinsmith_worker.contract import (
+    AdamParams,
+    AdapterState,
+    Failure,
+    LoraSpec,
+    SampleInput,
+    SampleOutput,
+    Work,
+)
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import TorchSampler
@@ -71,29 +79,47 @@ def error(found: Any, expected: Any) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
+@functools.cache
 def engine_with(
-    shape: Shape,
+    small: bool,
     dtype: torch.dtype,
     *,
     kernels: bool = True,
     compiled: bool = False,
     recompute: bool = False,
-    **settings: Any,
+    deterministic: bool = False,
 ) -> TorchEngine:
-    base = Base(tiny.model(dtype=dtype, **shape).to(DEVICE))
-    engine = TorchEngine(base, EngineSettings(**{"max_tokens_per_pass": 1024, **settings}))
+    base = Base(tiny.model(dtype=dtype, **(TINY if small else SMALL)).to(DEVICE))
+    engine = TorchEngine(base, EngineSettings(max_tokens_per_pass=1024, deterministic=deterministic))
     base.kernels &= kernels
     if compiled:
         engine.warm_up()
     if recompute:
         base._layers_beyond_memory = lambda _: 3  # type: ignore[method-assign]
-    for run, (spec, _) in TENANTS.items():
-        engine.restore(run, tiny.trained(base, spec, seed=spec.seed, spread=0.02))
     return engine
 
 
+def reset(engine: TorchEngine) -> TorchEngine:
+    for run, state in states(engine.base).items():
+        engine.restore(run, state)
+    return engine
+
+
+_states: dict[int, dict[str, AdapterState]] = {}
+
+
+def states(base: Base) -> dict[str, AdapterState]:
+    """Every tenant's adapter, as if trained a while."""
+    if id(base) not in _states:
+        _states[id(base)] = {
+            run: tiny.trained(base, spec, seed=spec.seed, spread=0.02) for run, (spec, _) in TENANTS.items()
+        }
+    return _states[id(base)]
+
+
 def trained(engine: TorchEngine, runs: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(logprobs, gradient) of each run after two operations each, all in one call."""
+    """(logprobs, gradient) of each run after two operations each, all in one call, from the beginning."""
+    reset(engine)
     work = [Work(run, TENANTS[run][1]) for run in runs]
     outputs = engine.forward_backward(work + work)
     found = {}
@@ -104,17 +130,17 @@ def trained(engine: TorchEngine, runs: list[str]) -> dict[str, tuple[np.ndarray,
     return found
 
 
-def check_numbers(shape: Shape) -> list[Finding]:
+def check_numbers(small: bool) -> list[Finding]:
     """The engine against transformers + PEFT in float32; in bfloat16 it may err as much as PEFT does there."""
     findings = []
     exact: dict[str, tiny.Reference] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        engine = engine_with(shape, dtype)
+        engine = reset(engine_with(small, dtype))
         worst = {"logprobs": 0.0, "gradient": 0.0, "PEFT's logprobs": 0.0, "PEFT's gradient": 0.0}
         for run, (_, given) in TENANTS.items():
             output = engine.forward_backward([Work(run, given)])[0]
             state = engine.state(run)
-            model = tiny.peft(tiny.model(dtype=dtype, **shape).to(DEVICE), state)
+            model = tiny.peft(tiny.model(dtype=dtype, **(TINY if small else SMALL)).to(DEVICE), state)
             theirs = tiny.reference(model, given)
             truth = exact.setdefault(run, theirs)
             order = [tiny.peft_name(name) for name, _, _ in state.tensors]
@@ -145,19 +171,19 @@ def check_numbers(shape: Shape) -> list[Finding]:
     return findings
 
 
-def check_packing(shape: Shape) -> list[Finding]:
+def check_packing(small: bool) -> list[Finding]:
     """Tenants packed together against each alone, and every way to compute against the plainest."""
     findings = []
     for dtype, limit in ((torch.float32, 5e-5), (torch.bfloat16, 0.05)):
-        packed = trained(engine_with(shape, dtype), list(TENANTS))
+        packed = trained(engine_with(small, dtype), list(TENANTS))
         others = {
-            "each alone": {run: trained(engine_with(shape, dtype), [run])[run] for run in TENANTS},
-            "the loop over adapters": trained(engine_with(shape, dtype, kernels=False), list(TENANTS)),
-            "activations computed anew": trained(engine_with(shape, dtype, recompute=True), list(TENANTS)),
+            "each alone": {run: trained(engine_with(small, dtype), [run])[run] for run in TENANTS},
+            "the loop over adapters": trained(engine_with(small, dtype, kernels=False), list(TENANTS)),
+            "activations computed anew": trained(engine_with(small, dtype, recompute=True), list(TENANTS)),
         }
         if dtype == torch.bfloat16:
-            others["layers compiled"] = trained(engine_with(shape, dtype, compiled=True), list(TENANTS))
-            both = engine_with(shape, dtype, compiled=True, recompute=True)
+            others["layers compiled"] = trained(engine_with(small, dtype, compiled=True), list(TENANTS))
+            both = engine_with(small, dtype, compiled=True, recompute=True)
             others["compiled and computed anew"] = trained(both, list(TENANTS))
         for what, other in others.items():
             worst = max(error(a, b) for run in TENANTS for a, b in zip(packed[run], other[run], strict=True))
@@ -173,16 +199,16 @@ def check_packing(shape: Shape) -> list[Finding]:
     return findings
 
 
-def check_attention(shape: Shape) -> list[Finding]:
+def check_attention(small: bool) -> list[Finding]:
     """Sequences of one length, which another kernel takes, against each by itself; and the bits of AdamW's kernel
     against torch's own, as near as fused operations are."""
     given = tiny.batch("cross_entropy", (256, 256, 256, 256), seed=7)
     found = []
     for one_by_one in (False, True):
-        engine = engine_with(shape, torch.bfloat16)
+        engine = reset(engine_with(small, torch.bfloat16))
         engine.forward_backward([Work("all", given)])
         if one_by_one:
-            engine = engine_with(shape, torch.bfloat16)
+            engine = reset(engine_with(small, torch.bfloat16))
             for n in range(4):
                 rows = slice(256 * n, 256 * (n + 1))
                 part = replace(
@@ -237,12 +263,12 @@ def check_attention(shape: Shape) -> list[Finding]:
     return findings
 
 
-def check_deterministic(shape: Shape) -> list[Finding]:
+def check_deterministic(small: bool) -> list[Finding]:
     """In deterministic mode a tenant's bits are its own: packed with anyone in any order, and run again."""
     findings = []
     orders = [list(TENANTS), list(TENANTS)[::-1], ["one token", "all", "mlp"], ["all", "no unembed"]]
     for dtype, compiled in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-        make = functools.partial(engine_with, shape, dtype, deterministic=True, compiled=compiled)
+        make = functools.partial(engine_with, small, dtype, deterministic=True, compiled=compiled)
         alone = {run: trained(make(), [run])[run] for run in TENANTS}
         differing = [
             f"{run} of {len(order)}"
@@ -265,11 +291,11 @@ def check_deterministic(shape: Shape) -> list[Finding]:
     return findings
 
 
-def check_sampler(shape: Shape) -> list[Finding]:
+def check_sampler(small: bool) -> list[Finding]:
     """What the sampler says of the tokens it drew against what a forward of the same weights says."""
     findings = []
     for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        engine = engine_with(shape, dtype)
+        engine = reset(engine_with(small, dtype))
         sampler = TorchSampler(engine.base)
         worst = 0.0
         for run in ("all", "attention"):
@@ -322,7 +348,7 @@ def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
         "deterministic": check_deterministic,
         "sampler": check_sampler,
     }
-    return checks[part](TINY if tiny_shapes else SMALL)
+    return checks[part](tiny_shapes)
 
 
 def run_all(*, tiny_shapes: bool, parts: list[str]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec
 from tinsmith_worker.null_engine import NullEngine, NullSampler
 from tinsmith_worker.process import Worker, WorkerSettings
 
-POISON, INFINITE = 666, 777
+POISON, INFINITE, BREAKING = 666, 777, 888
 
 
 class CountingEngine(NullEngine):
     """weights[0] counts the tokens stepped with. A pass that meets POISON breaks half-way, after having
-    counted some; a gradient that met INFINITE makes the step a Failure."""
+    counted some; a gradient that met INFINITE makes the step a Failure, and one that met BREAKING breaks it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,12 +55,16 @@ class CountingEngine(NullEngine):
         for one in work:
             if not one.given.forward_only:
                 self.gradients[one.run_id] += np.inf if INFINITE in one.given.tokens_T else one.given.tokens
+                if BREAKING in one.given.tokens_T:
+                    self.gradients[one.run_id] = -1.0
             if POISON in one.given.tokens_T:
                 raise RuntimeError("out of memory, say")
         return super().forward_backward(work)
 
     def _step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
         gradient = self.gradients[run_id]
+        if gradient < 0:
+            raise RuntimeError("a kernel that does not run, say")
         self.gradients[run_id] = 0.0
         if not np.isfinite(gradient):
             return Failure("not finite")
@@ -225,6 +229,19 @@ def test_what_breaks_a_pass_fails_alone_and_its_neighbours_lose_and_gain_nothing
     assert house.outcome(waiting["c"]).error is None
     gradients = {name: house.gradient_of(house.step(name, 3)) for name in "abc"}
     assert gradients == {"a": 5, "b": 3, "c": 7}, "half of a broken pass was left in a gradient"
+
+
+def test_what_breaks_steps_that_are_taken_together_fails_alone(house: House) -> None:
+    for name, tokens in (("a", [4, 5]), ("b", [BREAKING]), ("c", [6, 7, 8])):
+        house.run(name)
+        house.outcome(house.train(name, 1, *tokens))
+    waiting = {name: house.step(name, 2, ring=False) for name in ("a", "b", "c")}
+    house.line.sendall("".join(f"ring {r}\n" for r in waiting.values()).encode())
+    failed = house.outcome(waiting["b"])
+    assert failed.error is not None
+    assert "does not run" in failed.error["error"]
+    assert [house.gradient_of(waiting[name]) for name in ("a", "c")] == [2, 3]
+    assert [house.engine.state(name).step for name in ("a", "b", "c")] == [1, 0, 1]
 
 
 def test_a_step_that_failed_and_cleared_its_gradient_does_so_in_a_replay_too(house: House) -> None:

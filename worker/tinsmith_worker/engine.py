@@ -24,6 +24,7 @@ from tinsmith_worker.stream import Segment, Stream
 
 # A product of fewer rows may take another kernel, and so give other bits, than the same rows among more.
 _LEAST_ROWS = 64
+_PIECES_PER_PASS = 8
 # Triton's kernels are compiled for blocks of 16, 32, 64 and 128 columns.
 _USUAL_RANKS = (8, 16, 32, 64, 128)
 
@@ -150,11 +151,12 @@ class TorchEngine:
             raise InvalidInput(f"rank must be from 1 to {self.facts.max_rank}, got {spec.rank}")
 
     def _pieces(self, operation: int, work: Work) -> list[_Piece]:
-        """As many datums each as fit into a pass, a longer one alone. Depends on this operation only."""
+        """As many datums each as fit into a part of a pass, a longer one alone. Depends on this operation
+        only. A part and not the whole, so that passes are filled whatever the lengths."""
         adapter, offsets_S = self._adapters[work.run_id], work.given.offsets_S
         pieces, first, datums = [], 0, len(work.given.lengths_S)
         while first < datums:
-            limit = offsets_S[first] + self._settings.max_tokens_per_pass
+            limit = offsets_S[first] + self._settings.max_tokens_per_pass // _PIECES_PER_PASS
             last = max(first + 1, int(np.searchsorted(offsets_S, limit, side="right")) - 1)
             rows = slice(int(offsets_S[first]), int(offsets_S[last]))
             pieces.append(_Piece(operation, adapter, work.given, rows, work.given.lengths_S[first:last]))

@@ -306,7 +306,7 @@ class Base:
 _PROBE_LENGTHS = [40, 24]
 
 # What a backward needs beside the activations: a chunk of the head's logits, a layer's gradients, fragments.
-_BESIDE_ACTIVATIONS = 4 << 30
+_BESIDE_ACTIVATIONS = 6 << 30
 
 
 class _Layer:

@@ -22,6 +22,8 @@ def open_engine(path: str, *, deterministic: bool, pass_tokens: int) -> tuple[En
     if path == BUILT_IN:
         path = str(tiny_base.FOLDER)
     on_gpu = torch.cuda.is_available()
+    # Activations come in sizes that differ from pass to pass: of fixed segments, fragments would be left.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     base = Base.load(
         path,
         device=torch.device("cuda" if on_gpu else "cpu"),

@@ -38,6 +38,7 @@ from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import TorchSampler
 
+DTYPES = [torch.float32, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Finding = dict[str, Any]
 Shape = dict[str, Any]
@@ -134,7 +135,7 @@ def check_numbers(small: bool) -> list[Finding]:
     """The engine against transformers + PEFT in float32; in bfloat16 it may err as much as PEFT does there."""
     findings = []
     exact: dict[str, tiny.Reference] = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         engine = reset(engine_with(small, dtype))
         worst = {"logprobs": 0.0, "gradient": 0.0, "PEFT's logprobs": 0.0, "PEFT's gradient": 0.0}
         for run, (_, given) in TENANTS.items():
@@ -142,7 +143,10 @@ def check_numbers(small: bool) -> list[Finding]:
             state = engine.state(run)
             model = tiny.peft(tiny.model(dtype=dtype, **(TINY if small else SMALL)).to(DEVICE), state)
             theirs = tiny.reference(model, given)
-            truth = exact.setdefault(run, theirs)
+            if run not in exact:
+                whole = tiny.model(dtype=torch.float32, **(TINY if small else SMALL)).to(DEVICE)
+                exact[run] = tiny.reference(tiny.peft(whole, state), given)
+            truth = exact[run]
             order = [tiny.peft_name(name) for name, _, _ in state.tensors]
             expected, by_peft = (
                 torch.cat([r.gradients[n].float().flatten() for n in order]) for r in (truth, theirs)
@@ -174,7 +178,8 @@ def check_numbers(small: bool) -> list[Finding]:
 def check_packing(small: bool) -> list[Finding]:
     """Tenants packed together against each alone, and every way to compute against the plainest."""
     findings = []
-    for dtype, limit in ((torch.float32, 5e-5), (torch.bfloat16, 0.05)):
+    for dtype in DTYPES:
+        limit = 5e-5 if dtype == torch.float32 else 0.05
         packed = trained(engine_with(small, dtype), list(TENANTS))
         others = {
             "each alone": {run: trained(engine_with(small, dtype), [run])[run] for run in TENANTS},
@@ -267,7 +272,7 @@ def check_deterministic(small: bool) -> list[Finding]:
     """In deterministic mode a tenant's bits are its own: packed with anyone in any order, and run again."""
     findings = []
     orders = [list(TENANTS), list(TENANTS)[::-1], ["one token", "all", "mlp"], ["all", "no unembed"]]
-    for dtype, compiled in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+    for dtype, compiled in [(dtype, False) for dtype in DTYPES] + [(torch.bfloat16, True)]:
         make = functools.partial(engine_with, small, dtype, deterministic=True, compiled=compiled)
         alone = {run: trained(make(), [run])[run] for run in TENANTS}
         differing = [
@@ -294,7 +299,8 @@ def check_deterministic(small: bool) -> list[Finding]:
 def check_sampler(small: bool) -> list[Finding]:
     """What the sampler says of the tokens it drew against what a forward of the same weights says."""
     findings = []
-    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+    for dtype in DTYPES:
+        limit = 1e-4 if dtype == torch.float32 else 0.05
         engine = reset(engine_with(small, dtype))
         sampler = TorchSampler(engine.base)
         worst = 0.0
@@ -360,7 +366,9 @@ def run_all(*, tiny_shapes: bool, parts: list[str]) -> dict[str, Any]:
         say("part", part)
         with tempfile.NamedTemporaryFile() as written:
             command = [sys.executable, __file__, "--part", part, "--to", written.name]
-            done = subprocess.run(command + ["--tiny"] * tiny_shapes, check=False)
+            done = subprocess.run(
+                command + ["--tiny"] * tiny_shapes + ["--half"] * (len(DTYPES) == 1), check=False
+            )
             text = Path(written.name).read_text()
         report[part] = json.loads(text) if done.returncode == 0 else f"failed with status {done.returncode}"
     return report
@@ -385,8 +393,11 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="shapes for a CPU")
     parser.add_argument("--part", choices=PARTS, help="this part only")
+    parser.add_argument("--half", action="store_true", help="bfloat16 only: float32 takes kernels of its own")
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.half:
+        DTYPES.remove(torch.float32)
     if given.to:
         given.to.write_text(json.dumps(run_part(given.part, tiny_shapes=given.tiny)))
         return

@@ -367,10 +367,11 @@ class Worker:
                 self._pass(work)
             metrics.TOKENS.labels(batch[0].group).inc(sum(item.tokens for item in batch))
             return
-        steps = [p for p in work if p.operation.kind == ops.OPTIM_STEP and p.failure is None]
+        steps = []
         for prepared in work:
-            # Unless the call before it was this run's end.
-            if prepared not in steps and self._is_here(prepared.operation.subject):
+            if prepared.operation.kind == ops.OPTIM_STEP and prepared.failure is None:
+                steps.append(prepared)
+            elif self._is_here(prepared.operation.subject):  # unless the call before it was this run's end
                 with metrics.COMPUTE.labels(prepared.operation.kind).time():
                     self._call(prepared)
         self._optim_steps([p for p in steps if self._is_here(p.operation.subject)])

@@ -129,16 +129,16 @@ class CausalSequences:
         count, length = len(self._lengths), self._lengths[0]
         padding = query_THC.shape[0] - sum(self._lengths)
         if not self._is_deterministic and self._lengths.count(length) == count:
-            ours = [
+            query, key, value = (
                 x.split([count * length, padding])[0].view(count, length, *x.shape[1:])
                 for x in (query_THC, key_TGC, value_TGC)
-            ]
-            together_THC = _causal(*ours, scale).reshape(count * length, query_THC.shape[1], -1)
+            )
+            together_THC = _causal(query, key, value, scale).reshape(count * length, query_THC.shape[1], -1)
             return F.pad(together_THC, (0, 0, 0, 0, 0, padding))
         # Not slices: the backward of each would be a tensor as long as the stream.
         parts = (x.split([*self._lengths, padding]) for x in (query_THC, key_TGC, value_TGC))
         each = list(zip(*parts, strict=True))[: len(self._lengths)]
-        outputs = [_causal(*(x.unsqueeze(0) for x in one), scale).squeeze(0) for one in each]
+        outputs = [_causal(q[None], k[None], v[None], scale).squeeze(0) for q, k, v in each]
         return torch.cat([*outputs, query_THC.new_zeros(padding, query_THC.shape[1], value_TGC.shape[2])])
 
 

@@ -71,7 +71,7 @@ class Base:
         self._current = Current()
         self.kernels = self.device.type == "cuda"
         self.is_deterministic = False
-        self._last: tuple[int, int, tuple[Segment, ...], dict[Kind, Deltas]] = (0, 0, (), {})
+        self._last: tuple[tuple[Segment, ...], int, dict[Kind, Deltas]] = ((), 0, {})
         self.recomputed_layers = 0  # of the last pass
         self.bytes_per_token = 0.0  # of activations that a training pass keeps; 0 until there was one
         layers = _layers(self._decoder, config)
@@ -131,11 +131,12 @@ class Base:
 
     def _deltas(self, stream: Stream, *, train: bool) -> dict[Kind, Deltas]:
         rows = len(stream.tokens_T)
-        if not train and self._last[:2] == (id(stream.segments), rows):
-            return self._last[3]  # a sampler's next token: everything is where it was
+        if not train and self._last[0] is stream.segments and self._last[1] == rows:
+            return self._last[2]  # a sampler's next token: everything is where it was
         found = deltas(stream.segments, rows, self.device, kernels=self.kernels, train=train)
-        if not train:
-            self._last = (id(stream.segments), rows, stream.segments, found)
+        # The engine's passes never come again, and what is kept keeps its adapters in memory.
+        of_sampler = not isinstance(stream.attention, CausalSequences)
+        self._last = (stream.segments, rows, found) if of_sampler else ((), 0, {})
         return found
 
     def _allocated(self) -> int:

@@ -21,6 +21,7 @@ from transformers import (
 
 from tests.worker import tiny
 from tinsmith.errors import InvalidInput
+from tinsmith_worker import lora
 from tinsmith_worker.contract import LoraSpec, SampleInput, SampleOutput
 from tinsmith_worker.engine import TorchEngine
 from tinsmith_worker.model import Base
@@ -146,6 +147,13 @@ def test_linears_that_are_given_the_same_input_are_one_group() -> None:
 def test_inputs_whose_width_would_leave_gaps_between_adapters_matrices_make_no_groups() -> None:
     sites = tiny.base(hidden_size=72).sites
     assert len({site.group for site in sites}) == len(sites)
+
+
+def test_without_a_c_compiler_triton_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are compiled where they run; an image may hold nothing to do so."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert lora.triton_kernels.__wrapped__() is None
 
 
 def test_heads_whose_values_are_narrower_than_their_queries_train_and_sample_as_in_transformers() -> None:

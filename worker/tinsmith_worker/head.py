@@ -6,7 +6,6 @@ chunk's logits become logprobs, then the loss's slope, then gradients, before th
 Shapes: N rows, D hidden, V vocabulary, K targets per row, R rank.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tinsmith_worker.adapters import Adapter
-from tinsmith_worker.lora import accumulate
+from tinsmith_worker.lora import accumulate, triton_kernels
 from tinsmith_worker.stream import Segment
 
 # Logits of one chunk: 2^28 float32 are 1 GB.
@@ -37,9 +36,7 @@ class Head:
         self._bias_V = bias_V
         rows = _CHUNK_LOGITS // weight_VD.shape[0]
         self.chunk_rows = max(1, rows // 128 * 128 or rows)
-        self._kernels: Any = None
-        if weight_VD.is_cuda:
-            self._kernels = importlib.import_module("tinsmith_worker.kernels")
+        self._kernels: Any = triton_kernels() if weight_VD.is_cuda else None
 
     def logits(self, hidden_ND: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
         """float32 logits [N, V] with `adapter`'s unembedding (None: the base alone). No gradient."""

@@ -11,6 +11,9 @@ Shapes: T packed tokens, N rows of one segment, I inputs, O outputs, R rank, M m
 import functools
 import importlib
 import itertools
+import logging
+import os
+import shutil
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +27,8 @@ from torch import nn
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, targets
 from tinsmith_worker.copies import to_device
 from tinsmith_worker.stream import Attention, Segment
+
+log = logging.getLogger("tinsmith.worker")
 
 
 class Deltas(Protocol):
@@ -142,7 +147,7 @@ class Rows:
         self._tile_count = len(cut)
         self._tiles = to_device(cut, device)
         self._rows = rows
-        self._kernels = _kernels()
+        self._kernels = triton_kernels()
         if train:
             gradients = [a.gradient for a in adapters if a.gradient is not None]
             assert len(gradients) == len(adapters)
@@ -259,8 +264,12 @@ def chunks(segments: Sequence[Segment], number: dict[int, int]) -> tuple[np.ndar
 
 
 @functools.cache
-def _kernels() -> Any:
-    """Imported when there is a use for them: a machine without a GPU may have no Triton."""
+def triton_kernels() -> Any:
+    """The module of Triton's kernels, on a machine with a GPU. None where they cannot be compiled: everything
+    works without them, only slower."""
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        log.warning("training is slow without a C compiler, which Triton needs: install gcc")
+        return None
     return importlib.import_module("tinsmith_worker.kernels")
 
 

@@ -21,7 +21,7 @@ from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, Sit
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
 from tinsmith_worker.head import Head
-from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, owner_of, register
+from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, owner_of, register, triton_kernels
 from tinsmith_worker.stream import Segment, Stream
 
 _ATTENTION = "tinsmith"
@@ -69,7 +69,7 @@ class Base:
             tokenizer=tokenizer,
         )
         self._current = Current()
-        self.kernels = self.device.type == "cuda"
+        self.kernels = self.device.type == "cuda" and triton_kernels() is not None
         self.is_deterministic = False
         self._last: tuple[tuple[Segment, ...], int, dict[Kind, Deltas]] = ((), 0, {})
         self.recomputed_layers = 0  # of the last pass
@@ -301,7 +301,7 @@ class Base:
             raise InvalidInput(
                 f"{architecture} cannot be trained: its gradients do not come through or are not finite"
             )
-        return attention.in_one_call
+        return attention.in_one_call and self.kernels
 
 
 _PROBE_LENGTHS = [40, 24]

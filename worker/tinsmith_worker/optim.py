@@ -1,6 +1,5 @@
 """AdamW on an adapter's flat buffers, as torch.optim.AdamW does it tensor by tensor."""
 
-import importlib
 import math
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ import torch
 
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import AdamParams, Failure
+from tinsmith_worker.lora import triton_kernels
 
 
 def steps(wanted: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float] | Failure]:
@@ -38,7 +38,7 @@ def _begin(adapter: Adapter, params: AdamParams) -> torch.Tensor | Failure:
     adapter.open_gradient()
     gradient = adapter.gradient
     assert gradient is not None
-    if gradient.is_cuda:
+    if gradient.is_cuda and triton_kernels() is not None:
         norm = torch.linalg.vector_norm(gradient)
         _adamw_in_one_kernel(adapter, gradient, norm, params)
         return norm
@@ -105,10 +105,9 @@ def _adamw_in_one_kernel(
     adapter: Adapter, gradient: torch.Tensor, norm: torch.Tensor, params: AdamParams
 ) -> None:
     """`_adamw`, clipping, `refresh` and the cleared gradient: every buffer is read and written once."""
-    kernels = importlib.import_module("tinsmith_worker.kernels")
     moment1, moment2 = adapter.open_moments()
     step_size, root_of_correction2 = _corrections(adapter, params)
-    kernels.adamw[(-(-gradient.numel() // _BLOCK),)](
+    triton_kernels().adamw[(-(-gradient.numel() // _BLOCK),)](
         adapter.weights, adapter.compute, gradient, moment1, moment2, norm, gradient.numel(),
         1 - params.learning_rate * params.weight_decay, params.beta1, params.beta2, step_size,
         root_of_correction2, params.eps, params.grad_clip_norm,

@@ -184,16 +184,16 @@ async def train(
     renderer, draw = Renderer.of(training), random.Random(settings.seed)
     learn, loss_fn = METHODS[settings.method]
 
-    async def scores(sampler: Any, *, with_system: bool = False) -> list[float]:
-        """Of each subject, at temperature 1."""
-        found = []
-        for subject in subjects:
-            asked = [subject.question(random.Random(f"held out {i}")) for i in range(100)]
-            if with_system:
-                asked = [Question(subject.teachers(q.messages), q.reward) for q in asked]
-            made = await evaluation.generate(sampler, renderer, asked, max_tokens=MAX_TOKENS, temperature=1.0)
-            found.append(made.mean)
-        return found
+    async def score(sampler: Any, subject: Subject, *, with_system: bool = False) -> float:
+        """At temperature 1, on questions of its own."""
+        asked = [subject.question(random.Random(f"held out {i}")) for i in range(100)]
+        if with_system:
+            asked = [Question(subject.teachers(q.messages), q.reward) for q in asked]
+        made = await evaluation.generate(sampler, renderer, asked, max_tokens=MAX_TOKENS, temperature=1.0)
+        return made.mean
+
+    async def scores(sampler: Any) -> list[float]:
+        return [await score(sampler, subject) for subject in subjects]
 
     before = await scores(await training.save_weights_and_get_sampling_client())
     for step in range(settings.steps):
@@ -218,7 +218,7 @@ async def train(
         tracker.log(step, numbers)
         print(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()), flush=True)
     after = await scores(await training.save_weights_and_get_sampling_client())
-    taught = [(await scores(one, with_system=True))[i] for i, one in enumerate(teachers)]
+    taught = [await score(t, s, with_system=True) for t, s in zip(teachers, subjects, strict=True)]
     return {
         f"{name}_{i}" if len(subjects) > 1 else name: value
         for name, values in (("student_before", before), ("student_after", after), ("teacher", taught))

@@ -1,11 +1,12 @@
 """Request bodies: bounded while they arrive, and read into models once."""
 
 import asyncio
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
@@ -31,6 +32,24 @@ class Body(BaseModel):
     of their own. What a client means to be honoured to the letter is a `Strict`."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("NaN and infinity are no JSON: send them as texts")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("it holds a NUL character, which databases cannot search")
+    if isinstance(value, dict):
+        for part in (*value, *value.values()):
+            _storable(part)
+    if isinstance(value, list):
+        for part in value:
+            _storable(part)
+    return value
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
+"""JSON that is kept as it is, and searched."""
 
 
 class Strict(Body):

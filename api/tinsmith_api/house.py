@@ -16,7 +16,7 @@ from tinsmith_api import exports
 from tinsmith_api.journal import artifacts, checkpoints, identities, leases, metrics, signing, usage
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.objects import Damaged, ObjectStore
-from tinsmith_api.journal.store import Statement, Store
+from tinsmith_api.journal.store import Statement, Store, Unavailable
 from tinsmith_api.journal.tables import copies, sampled_sequences
 from tinsmith_api.settings import Settings
 
@@ -123,6 +123,11 @@ class House:
                 continue
             except Damaged as error:
                 finish = functools.partial(artifacts.finish, error=f"its files are gone or damaged: {error}")
+            except Unavailable:
+                raise
+            except Exception:  # or everybody else's would wait behind it for ever
+                log.exception("%s of %s cannot be made", row.kind, row.subject)
+                finish = functools.partial(artifacts.finish, error="it cannot be made, see the service's log")
             self.journal.write(functools.partial(finish, kind=row.kind, subject=row.subject)).result()
 
     def _artifact(self, kind: str, subject: str) -> dict[str, bytes]:

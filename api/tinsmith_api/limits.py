@@ -22,13 +22,10 @@ from tinsmith_api.settings import Settings
 Read = Callable[[Callable[[Any], Any]], Awaitable[Any]]
 
 # Waiting for results, and saying that one is still there, is no use of the service.
-_UNCOUNTED = (
-    "/retrieve_future",
-    "/retrieve_futures",
-    "/session_heartbeat",
-    "/telemetry",
-    "/client/dynamic_config",
-)
+_UNCOUNTED = {
+    f"/api/v1/{route}"
+    for route in ("retrieve_future", "session_heartbeat", "telemetry", "client/dynamic_config")
+}
 
 
 class TooMany(Exception):  # noqa: N818 - answered as 429
@@ -76,9 +73,9 @@ class Limits:
         self._budgets: Memory[list[Budget]] = Memory(seconds=1)
         self._keys: Memory[_Key] = Memory(seconds=1)
 
-    async def check_rate(self, caller: Caller, path: str) -> None:
+    async def check_rate(self, caller: Caller, route: str) -> None:
         limit = caller.requests_per_minute
-        if limit is None or path.endswith(_UNCOUNTED):
+        if limit is None or route in _UNCOUNTED:
             return
         now = time.time()
         if await self._calls.count(caller.key_id, int(now // 60)) > limit:

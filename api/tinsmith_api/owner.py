@@ -166,7 +166,8 @@ async def owner_of(request: Request) -> Owner:
     if not credential:
         raise AuthenticationError("send your key in the header X-API-Key")
     caller = await _caller_of(service, credential)
-    await service.check_rate(caller, request.url.path)
+    # The route, not the path: that ends as its caller likes.
+    await service.check_rate(caller, request.scope["route"].path)
     return Owner(service, caller, credential)
 
 

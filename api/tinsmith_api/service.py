@@ -235,8 +235,8 @@ class Service:
             self.doorbell.ring(worker_id, entered.request_id)
         return {"request_id": entered.request_id, **(entered.answer or {})}
 
-    async def check_rate(self, caller: Caller, path: str) -> None:
-        await self.limits.check_rate(caller, path)
+    async def check_rate(self, caller: Caller, route: str) -> None:
+        await self.limits.check_rate(caller, route)
 
     async def pools(self) -> dict[str, Pool]:
         found = self._pools.get("")

@@ -57,7 +57,8 @@ class Signer:
                 secret,
                 algorithms=[_ALGORITHM],
                 audience=audience,
-                options={"require": ["exp", "iat", "aud"]},
+                # Not when it was signed: another process' clock may be ahead of this one's.
+                options={"require": ["exp", "iat", "aud"], "verify_iat": False},
             )
         except jwt.ExpiredSignatureError:
             raise InvalidToken("this token has expired") from None

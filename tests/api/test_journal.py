@@ -85,6 +85,13 @@ def test_a_group_with_one_bad_write_commits_the_others(store: Store) -> None:
     assert found == {"a", "b", "c"}
 
 
+def test_an_error_does_not_say_what_was_to_be_written(store: Store) -> None:
+    row = {"id": "a", "name": "a secret", "created_at": 0}
+    write = [store.write(lambda c: c.execute(tenants.insert().values(row))) for _ in range(2)]
+    assert write[0].result()
+    assert "a secret" not in str(write[1].exception())
+
+
 @pytest.mark.parametrize("store", ["sqlite"], indirect=True)
 def test_a_write_is_on_disk_when_its_future_is_done(store: Store) -> None:
     store.write(lambda c: c.execute(tenants.insert().values(id="a", name="a", created_at=0))).result()
@@ -283,6 +290,10 @@ def test_an_expired_checkpoint_is_gone(store: Store, run: str) -> None:
     store.write(lambda c: checkpoints.publish(c, "1", row)).result()
     assert store.read(lambda c: checkpoints.find(c, str(row["path"]), str(row["tenant_id"]))).result() is None
     assert store.write(lambda c: checkpoints.expire(c, at_most=10)).result() == 1
+    assert store.write(lambda c: checkpoints.expire(c, at_most=10)).result() == 0
+    assert store.read(lambda c: c.execute(sa.select(garbage.c.object_prefix)).scalars().all()).result() == [
+        row["object_prefix"]
+    ]
     assert (
         store.read(lambda c: c.exec_driver_sql("select count(*) from checkpoints").scalar_one()).result() == 0
     )
@@ -535,6 +546,23 @@ def test_files_go_with_the_last_that_shares_them(store: Store, run: str) -> None
     assert store.read(checkpoints.due_garbage).result() == [], "an hour anew"
     assert due() == [row["object_prefix"]]
     assert copy() is None
+
+
+def test_a_copy_of_an_unnamed_sampler_does_not_go_with_its_session(store: Store, run: str) -> None:
+    row = {**_reservation(store, "1"), "listed": False}
+    store.write(lambda c: checkpoints.publish(c, "1", row)).result()
+    tenant_id, path = str(row["tenant_id"]), str(row["path"])
+
+    def copy(c: sa.Connection) -> str | None:
+        values = dict(c.execute(sa.select(runs)).one()._mapping)
+        c.execute(runs.insert().values({**values, "id": "q"}))
+        return checkpoints.copy(c, path, run_id="q", tenant_id=tenant_id, ttl_seconds=None)
+
+    copied = store.write(copy).result()
+    _finish_session(store, seconds_ago=2 * checkpoints.GARBAGE_SECONDS)
+    assert store.read(lambda c: checkpoints.unnamed_left(c, at_most=10)).result() == [path]
+    rows, _ = store.read(lambda c: checkpoints.listing(c, tenant_id, limit=10)).result()
+    assert [r.path for r in rows] == [copied]
 
 
 def test_usage_is_added_up_by_hour_and_counted_once(store: Store, run: str) -> None:

@@ -197,6 +197,7 @@ def test_calls_per_minute_are_limited_by_key_and_told_when_to_come_back(
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
     assert "5 calls a minute" in answers[-1].json()["detail"]
     assert wire.http.post("/telemetry", json={}).status_code == 200
+    assert wire.http.get("/tokenizers/of/telemetry").status_code == 429, "what is only called so counts"
     assert other.http.get("/sessions").status_code == 200
 
 
@@ -404,6 +405,7 @@ def test_tokens_that_are_not_good_are_said_to_be_so(jwt_service: RunningService)
     asked = Wire(jwt_service.url, token)
     assert asked.session()
     assert Wire(jwt_service.url, forged()).session(), "this is how they are made"
+    assert Wire(jwt_service.url, forged(iat=now + 5)).session(), "the clock of who signed it may be ahead"
     bad = {
         "expired": forged(exp=now - 1),
         "for a download": forged(aud="tinsmith:download"),
@@ -581,6 +583,7 @@ def test_a_run_has_a_curve_and_a_cost(jwt_service: RunningService) -> None:
         {"starting_on": "2026-01-02T00:00:00Z", "ending_before": "2026-01-01T00:00:00Z"},
         {"starting_on": "2026-01-01T00:00:00Z", "ending_before": "2026-03-01T00:00:00Z"},
         {"starting_on": "2999-01-01T00:00:00Z", "ending_before": "2999-01-02T00:00:00Z"},
+        {"starting_on": "9999-12-31T00:00:00Z", "ending_before": "9999-12-31T23:00:00Z"},
         {"starting_on": "2026-01-01T00:00:00", "ending_before": "2026-01-02T00:00:00"},
         {},
     ],

@@ -116,6 +116,22 @@ def test_a_search_that_cannot_be_meant_is_refused(wire: Wire, bad: dict[str, obj
     assert (wire.status, bool(refused["detail"])) == (400, True), refused
 
 
+def test_metadata_that_could_not_be_searched_is_refused(wire: Wire) -> None:
+    for bad in (b'{"a": NaN}', b'{"a": [-Infinity]}', b'{"a": {"b": "\\u0000"}}', b'{"\\u0000": 1}'):
+        refused = wire.raw("/create_session", b'{"user_metadata": ' + bad + b"}")
+        assert (wire.status, "user_metadata" in refused["detail"]) == (400, True), refused
+    wire.post("/sessions/search", user_metadata={"a": "b"}, owner={"type": "accessible"})
+    assert wire.status == 200
+
+
+@pytest.mark.parametrize("path", ["/sessions", "/training_runs", "/checkpoints"])
+def test_what_lies_beyond_any_list_is_nothing_or_refused(wire: Wire, path: str) -> None:
+    wire.get(path, offset=2**63 - 1)
+    assert wire.status == 200
+    wire.get(path, offset=2**63)
+    assert wire.status == 422
+
+
 def test_owners_of_one_organization_see_each_other_when_they_ask_to(
     null_service: RunningService, wire: Wire
 ) -> None:

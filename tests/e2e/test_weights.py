@@ -127,7 +127,12 @@ def test_an_encrypted_export_is_opened_by_its_recipients_only(run: Run, rest: ti
 
 @pytest.mark.parametrize(
     ("recipients", "says"),
-    [(["age1nonsense"], "age1nonsense"), (["ssh-rsa nonsense"], "SSH public key"), ([""], "neither")],
+    [
+        (["age1nonsense"], "age1nonsense"),
+        (["ssh-rsa nonsense"], "SSH public key"),
+        ([""], "neither"),
+        (["ssh-rsa AAAAB3NzaC1yc2EAAAABAAAAAAEA"], "SSH public key"),  # its exponent is empty
+    ],
 )
 def test_recipients_that_are_none_fail_the_call_alone(run: Run, recipients: list[str], says: str) -> None:
     failed = run.call("save_weights_external", path="x", age_encryption_recipients=recipients)

@@ -53,7 +53,6 @@ log = logging.getLogger("tinsmith.worker")
 
 # So many workers in a row died holding a run: the call they tried alone is given up.
 _LAST_DEATHS = 4
-_SAVING = (ops.SAVE_WEIGHTS, ops.SAVE_WEIGHTS_FOR_SAMPLER)
 _GROUPS = {ops.FORWARD: FORWARD, ops.FORWARD_BACKWARD: FORWARD_BACKWARD}
 
 
@@ -326,7 +325,7 @@ class Worker:
             group,
             operation.tokens,
             alone=held.is_suspect or operation.request_id in self.alone,
-            copies=operation.kind in _SAVING or prepared.loaded is not None,
+            copies=operation.kind in ops.SAVES or prepared.loaded is not None,
         )
         if self.schedule.add(item, now):
             held.prepared[operation.seq_id] = prepared

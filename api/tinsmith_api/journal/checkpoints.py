@@ -114,7 +114,8 @@ def copy(
     connection: sa.Connection, source_path: str, *, run_id: str, tenant_id: str, ttl_seconds: int | None
 ) -> str | None:
     """A checkpoint of the same kind and name under another run, of another tenant perhaps; its path. The
-    files are shared. None if the source is gone."""
+    files are shared. None if the source is gone. It is listed also where its source is not: an unnamed
+    sampler goes with its session, a copy was asked for."""
     # Locked, so that its files cannot become garbage between this look and the row that keeps them.
     statement = _found(source_path, sa.true()).with_for_update(of=checkpoints)
     source = connection.execute(statement).one_or_none()
@@ -127,11 +128,12 @@ def copy(
         "run_id": run_id,
         "tenant_id": tenant_id,
         "request_id": uuid.uuid4().hex,
+        "listed": True,
         "created_at": now,
         "ready_at": now,
         "expires_at": None if ttl_seconds is None else now + ttl_seconds,
     }
-    same = ("kind", "name", "listed", "object_prefix", "lora", "user_metadata", "size_bytes")
+    same = ("kind", "name", "object_prefix", "lora", "user_metadata", "size_bytes")
     insert_if_new(connection, checkpoints, {**{name: getattr(source, name) for name in same}, **row})
     return path
 
@@ -193,14 +195,14 @@ def keep_objects(connection: sa.Connection, object_prefix: str) -> bool:
 
 def expire(connection: sa.Connection, *, at_most: int) -> int:
     """Delete checkpoints whose time has come; how many."""
-    due = (
-        sa.select(checkpoints.c.path, checkpoints.c.tenant_id)
-        .where(checkpoints.c.expires_at < time.time())
-        .limit(at_most)
-    )
-    rows = connection.execute(due).all()
-    delete_all(connection, [row.path for row in rows])
+    is_due = checkpoints.c.expires_at < time.time()
+    due = sa.select(checkpoints.c.path).where(is_due).limit(at_most)
+    # Its time is looked at once more: it may be given another, or be saved anew, in between.
+    statement = sa.delete(checkpoints).where(checkpoints.c.path.in_(due), is_due)
+    columns = (checkpoints.c.path, checkpoints.c.tenant_id, checkpoints.c.object_prefix)
+    rows = connection.execute(statement.returning(*columns)).all()
     for row in rows:
+        discard_objects(connection, row.object_prefix)
         details = {"tinker_path": row.path, "by": "its ttl"}
         audit.record(connection, row.tenant_id, "checkpoints", "checkpoint_expired", details)
     return len(rows)

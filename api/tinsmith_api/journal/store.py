@@ -49,7 +49,10 @@ class Store:
         # Two processes write to one SQLite file. A lock file makes the second wait in line and wake at
         # once; SQLite's own waiting sleeps in growing steps.
         self._turn_file = open(f"{self.url.database}.turn", "wb") if self._is_sqlite else None  # noqa: SIM115
-        options: dict[str, Any] = {} if self._is_sqlite else {"connect_args": _TO_POSTGRESQL}
+        # Errors are logged, and their parameters are bodies of calls, hashes of keys, secrets that sign.
+        options: dict[str, Any] = {"hide_parameters": True}
+        if not self._is_sqlite:
+            options["connect_args"] = _TO_POSTGRESQL
         self._writes = sa.create_engine(self.url, pool_size=1, max_overflow=0, **options)
         self._reads = sa.create_engine(self.url, pool_size=16, isolation_level="AUTOCOMMIT", **options)
         self._mine = threading.local()  # each reading thread keeps its connection

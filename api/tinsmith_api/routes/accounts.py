@@ -99,7 +99,8 @@ async def get_usage(
     for name, given in (("starting_on", starting_on), ("ending_before", ending_before)):
         if given.timestamp() % 3600:
             raise InvalidInput(f"{name} is {given.isoformat()}: it must be a full hour")
-    if not starting_on < ending_before <= starting_on + datetime.timedelta(days=_MAX_DAYS):
+    # Not by adding to either, which may be the last day there is.
+    if not datetime.timedelta(0) < ending_before - starting_on <= datetime.timedelta(days=_MAX_DAYS):
         raise InvalidInput(f"ending_before must be after starting_on, by {_MAX_DAYS} days at most")
     if starting_on > datetime.datetime.now(datetime.UTC):
         raise InvalidInput("starting_on lies in the future")
@@ -132,21 +133,7 @@ async def get_current_storage(
     price = mine.service.settings.price_per_gigabyte_month
     return reply(
         {
-            "data": [
-                {
-                    "project_id": row.project_id,
-                    "org_user_urn": urn_of(row.member_id) if row.member_id else None,
-                    "user_email": names.get(row.member_id),
-                    "user_name": names.get(row.member_id),
-                    "checkpoint_count": row.checkpoint_count,
-                    "size_bytes": row.size_bytes,
-                    "size_gigabytes": row.size_bytes / _GIGABYTE,
-                    "estimated_monthly_cost_usd": None
-                    if price is None
-                    else price * row.size_bytes / _GIGABYTE,
-                }
-                for row in rows
-            ],
+            "data": [_stored(row, names, price) for row in rows],
             "effective_rate_usd_per_gigabyte_month": price,
         }
     )

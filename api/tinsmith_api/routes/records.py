@@ -21,7 +21,7 @@ router = APIRouter(prefix="/api/v1")
 
 Json = dict[str, Any]
 Limit = Annotated[int, Query(ge=1, le=1000)]
-Offset = Annotated[int, Query(ge=0)]
+Offset = Annotated[int, Query(ge=0, le=2**63 - 1)]  # what databases count to
 Scope = Literal["owned", "accessible"]
 
 

@@ -1,11 +1,11 @@
 """Start-up, sessions, heartbeats and telemetry: what a client calls around its work."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
-from tinsmith_api.bodies import Body, parse, read_body, reply, takes
+from tinsmith_api.bodies import Body, Metadata, parse, read_body, reply, takes
 from tinsmith_api.journal import identities
 from tinsmith_api.owner import Gone, Mine, MineToChange, service_of
 from tinsmith_api.service import Service
@@ -58,7 +58,7 @@ async def client_dynamic_config(mine: Mine) -> Response:
 
 class CreateSession(Body):
     tags: list[str] = Field(default_factory=list)
-    user_metadata: dict[str, Any] = Field(default_factory=dict)
+    user_metadata: Metadata = Field(default_factory=dict)
     sdk_version: str | None = None
     project_id: str | None = None
     display_name: str | None = None

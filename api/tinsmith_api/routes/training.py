@@ -15,7 +15,18 @@ from tinsmith.errors import InvalidInput, NotFound
 from tinsmith.wire import datums, json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api import provenance
-from tinsmith_api.bodies import Body, Model, Strict, off_loop, parse, parse_any, read_body, reply, takes
+from tinsmith_api.bodies import (
+    Body,
+    Metadata,
+    Model,
+    Strict,
+    off_loop,
+    parse,
+    parse_any,
+    read_body,
+    reply,
+    takes,
+)
 from tinsmith_api.journal import age, checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation, insert_if_new
@@ -50,7 +61,7 @@ class CreateModel(Body):
     model_seq_id: int = Field(ge=0, le=2**31 - 1)
     base_model: str
     lora_config: LoraConfig = LoraConfig()
-    user_metadata: Json | None = None
+    user_metadata: Metadata | None = None
     optimizer_config: Json | None = None
 
 
@@ -77,7 +88,7 @@ class LoadWeights(Body):
     session_id: str | None = None
     model_seq_id: int | None = Field(None, ge=0, le=2**31 - 1)
     base_model: str | None = None
-    user_metadata: Json | None = None
+    user_metadata: Metadata | None = None
     optimizer_config: Json | None = None
     model_id: str | None = None
     seq_id: SeqId | None = None

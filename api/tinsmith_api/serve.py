@@ -104,12 +104,15 @@ def _check_key(key: str) -> None:
 
 
 def _own(folder: Path) -> Any:
-    """One service per data directory."""
-    guard = open(folder / "lock", "w")  # noqa: SIM115 - held as long as the process lives
+    """One service per data directory. The lock names its process, for tinsmith.connect() to stop."""
+    guard = open(folder / "lock", "a")  # noqa: SIM115 - held as long as the process lives
     try:
         fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"tinsmith: another service is using {folder}: stop it, or choose another --data-dir")
+    guard.truncate(0)
+    guard.write(str(os.getpid()))
+    guard.flush()
     return guard
 
 

@@ -81,4 +81,10 @@ def differentiate_torch(loss_fn: CustomLoss, data: Sequence[Datum], logprobs: li
 
 def differentiate_numpy(loss_fn: CustomLoss, data: Sequence[Datum], logprobs: list[Array]) -> Differentiated:
     loss, gradients, metrics = loss_fn(data, logprobs)
+    shapes = [np.shape(gradient) for gradient in gradients], [values.shape for values in logprobs]
+    if shapes[0] != shapes[1]:
+        raise InvalidInput(
+            f"a custom loss gives one gradient per datum, of the shape of its logprobs: {shapes[1]}, "
+            f"and not {shapes[0]}"
+        )
     return float(loss), gradients, metrics

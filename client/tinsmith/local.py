@@ -109,10 +109,12 @@ def _leave(folder: Path) -> None:
     _in_use.pop(folder).close()
     with contextlib.suppress(OSError), _locked(folder / _STARTING):
         if not _is_locked(folder / _USERS):
-            pid = int((folder / _STARTED).read_text())
+            pid = (folder / _STARTED).read_text()
             (folder / _STARTED).unlink()
-            if _is_locked(folder / "lock"):
-                os.kill(pid, signal.SIGTERM)
+            # One that ended without us may have left its number to another process, and its folder to a
+            # service that somebody else started.
+            if _is_locked(folder / "lock") and (folder / "lock").read_text() == pid:
+                os.kill(int(pid), signal.SIGTERM)
 
 
 def _share(folder: Path) -> IO[str]:

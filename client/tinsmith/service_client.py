@@ -1,5 +1,6 @@
 """The door to a service: opens a session, and makes clients that train or sample."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -7,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tinsmith.connection import GIVE_UP_SECONDS, WIRE_VERSION, Connection
-from tinsmith.errors import InvalidInput
+from tinsmith.errors import InvalidInput, TinsmithError
 from tinsmith.future import Future, awaited
 from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
 from tinsmith.session import Session
@@ -188,8 +189,10 @@ class ServiceClient:
         """Finish the session; every client made from this one is closed with it."""
 
         def finish() -> None:
-            self._session.finish(status, detail)
-            self._connection.close()
+            try:
+                self._session.finish(status, detail)
+            finally:
+                self._connection.close()
 
         # In a thread of its own: the connection's end with it.
         done = self._connection.run(finish, Threads(1))
@@ -204,4 +207,5 @@ class ServiceClient:
         if error is None:
             self.close().result()
         else:
-            self.close("errored" if isinstance(error, Exception) else "interrupted", repr(error)).result()
+            with contextlib.suppress(TinsmithError):  # what matters is the error that ended the block
+                self.close("errored" if isinstance(error, Exception) else "interrupted", repr(error)).result()

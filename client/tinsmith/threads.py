@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+# A thread without work for so long ends, and with it the sockets that it kept.
+_IDLE_SECONDS = 60.0
+
+
 class Threads:
     """At most `limit` daemon threads, each started when there is work that no other is free for. A program
     that ends does not wait for them, which it would for those of concurrent.futures."""
@@ -38,12 +42,13 @@ class Threads:
     def close(self, error: Exception) -> None:
         """Everything not done yet ends with `error`, for whoever waits for it."""
         with self._lock:
-            for done in self._open:
-                with contextlib.suppress(InvalidStateError):
-                    done.set_exception(error)
+            left = list(self._open)
             for _ in range(self._started):
                 self._work.put(None)
             self._started = 0
+        for done in left:  # without the lock: who waits may have work of their own to hand in
+            with contextlib.suppress(InvalidStateError):
+                done.set_exception(error)
 
     def _live(self) -> None:
         while (job := self._next()) is not None:
@@ -58,11 +63,19 @@ class Threads:
             del job, done, call
 
     def _next(self) -> tuple["Future[Any]", Callable[[], Any]] | None:
-        try:
-            return self._work.get_nowait()
-        except queue.Empty:
-            self._free.release()
-            return self._work.get()
+        with self._lock:  # else work handed in between the two lines would count on this thread twice
+            try:
+                return self._work.get_nowait()
+            except queue.Empty:
+                self._free.release()
+        while True:
+            try:
+                return self._work.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if self._free.acquire(blocking=False):  # else work that counts on a thread is on its way
+                        self._started = max(0, self._started - 1)
+                        return None
 
 
 def in_event_loop() -> bool:

@@ -4,9 +4,11 @@ import asyncio
 import concurrent.futures
 import gc
 import pickle
+import queue
 import threading
 import time
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import tinsmith
 from tests.client.stub import Answer, Request, Stub
 from tests.client.test_training_client import answer_every_pass, datum, passes
+from tinsmith.threads import Threads
 from tinsmith.types import ModelInput, SamplingParams
 from tinsmith.wire import tinsmith_pb2 as pb
 
@@ -318,3 +321,69 @@ def test_a_future_that_is_kept_keeps_no_request(stub: Stub, training: tinsmith.T
     assert held_bytes(future) > 200_000
     future.result(10)
     assert held_bytes(future) < 10_000
+
+
+class Queue(queue.SimpleQueue[Any]):
+    """Tells when a thread found it empty, before it waits. All threads but the first take their time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.when_empty: Callable[[], object] = int
+        self.first: threading.Thread | None = None
+
+    def get_nowait(self) -> Any:
+        self.first = self.first or threading.current_thread()
+        if threading.current_thread() is not self.first:
+            time.sleep(0.2)
+        try:
+            return super().get_nowait()
+        except queue.Empty:
+            then, self.when_empty = self.when_empty, int
+            then()
+            raise
+
+
+def test_no_work_waits_for_a_thread_that_has_other_work() -> None:
+    """Handed in just when a thread finds nothing to do: it is not free a second time."""
+    pool, release = Threads(8), threading.Event()
+    pool._work = work = Queue()
+
+    def hand_in() -> None:
+        one = threading.Thread(target=pool.run, args=(release.wait,))
+        one.start()
+        one.join(0.1)
+
+    work.when_empty = hand_in
+    pool.run(int).result(5)
+    time.sleep(0.5)  # until whoever is free waits
+    blocking = [pool.run(release.wait) for _ in range(2)]
+    try:
+        assert pool.run(lambda: "done").result(2) == "done"
+    finally:
+        release.set()
+    assert all(one.result(5) for one in blocking)
+    pool.close(RuntimeError())
+
+
+def test_a_thread_without_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinsmith.threads._IDLE_SECONDS", 0.1)
+    pool = Threads(4)
+    for _ in range(2):
+        found = [pool.run(lambda: time.sleep(0.05) or threading.current_thread()) for _ in range(4)]
+        assert len({one.result(5) for one in found}) == 4
+        for one in found:
+            one.result().join(5)
+            assert not one.result().is_alive()
+
+
+def test_whoever_hears_of_the_end_may_hand_in_work() -> None:
+    pool, release = Threads(2), threading.Event()
+    heard: list[Any] = []
+    waiting = pool.run(release.wait)
+    waiting.add_done_callback(lambda _: heard.append(pool.run(int)))
+    closing = threading.Thread(target=pool.close, args=(RuntimeError("closed"),), daemon=True)
+    closing.start()
+    closing.join(2)
+    release.set()
+    assert heard
+    assert not closing.is_alive()

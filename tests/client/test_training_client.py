@@ -281,6 +281,21 @@ def test_a_custom_loss_that_fails_leaves_no_gap(stub: Stub, training: tinsmith.T
     assert stub.of("optim_step")[0].json["seq_id"] == 3
 
 
+@pytest.mark.parametrize("given", [[[1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
+def test_a_custom_loss_gives_a_gradient_for_every_logprob(
+    stub: Stub, training: tinsmith.TrainingClient, given: list[list[float]]
+) -> None:
+    """One too few would be a datum that is not learnt from, and nobody would know."""
+    answer_every_pass(stub)
+    data = [datum([1, 2]), datum([3])]
+    custom = training.forward_backward_custom(
+        data, lambda _, logprobs: (0.0, [np.array(g, np.float32) for g in given], {}), arrays="numpy"
+    )
+    with pytest.raises(tinsmith.InvalidInput, match="one gradient per datum"):
+        custom.result(10)
+    assert [p.forward_only for p in passes(stub)] == [True, True]
+
+
 def test_a_future_can_be_awaited_and_asked_twice(stub: Stub, training: tinsmith.TrainingClient) -> None:
     async def steps() -> list[object]:
         future = training.optim_step()
@@ -330,6 +345,21 @@ def test_leaving_the_block_finishes_the_session_and_says_how(stub: Stub) -> None
         raise ZeroDivisionError
     (finish,) = stub.of("sessions/s1/finish")
     assert finish.json["reason"] == {"type": "errored"}
+
+
+def test_an_error_inside_the_block_is_not_hidden_by_one_of_leaving_it(stub: Stub) -> None:
+    stub.answers["sessions/s1/finish"] = lambda request: Answer(401, {"detail": "revoked"})
+    client = tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test")
+
+    def program() -> None:
+        with client:
+            client.create_lora_training_client("m").result(10)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        program()
+    with pytest.raises(tinsmith.TinsmithError, match="closed"):
+        client.get_server_capabilities()
 
 
 def test_settings_come_from_the_environment(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,24 @@ def test_one_that_runs_already_is_used_and_left_alone(
         running.stop()
 
 
+def test_a_number_left_by_one_that_died_stops_nobody(tmp_path: Path) -> None:
+    """A service that was killed leaves its process's number, which another program may have by now."""
+    stranger = subprocess.Popen(["sleep", "60"])
+    running = RunningService(tmp_path, *NULL)
+    (tmp_path / "key").write_text(running.key)
+    (tmp_path / "connect.pid").write_text(str(stranger.pid))
+    try:
+        user = program(tmp_path)
+        assert said(user)[0] == running.url
+        leave(user)
+        time.sleep(0.2)
+        assert (stranger.poll(), running.process.poll()) == (None, None)
+    finally:
+        stranger.kill()
+        stranger.wait()
+        running.stop()
+
+
 def test_one_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(tinsmith.TinsmithError, match="no-such-folder"):
         tinsmith.connect(data_dir=tmp_path, arguments=("--model", "x=/no-such-folder"), timeout_seconds=60)

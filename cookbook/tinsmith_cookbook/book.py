@@ -8,6 +8,7 @@ import html
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from tinsmith_cookbook import service, tracking
 from tinsmith_cookbook.registry import RECIPES, Recipe
 
 LIMIT_SECONDS = 400
+GRACE_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,15 @@ def run(recipe: Recipe, out: Path, seed: int, base: str, environment: Mapping[st
         (folder / left).unlink(missing_ok=True)
     started = time.perf_counter()
     with (folder / "log").open("w") as log:
+        child = subprocess.Popen(
+            [*command, "--out", str(folder)], env=dict(environment), stdout=log, stderr=log
+        )
         try:
-            status: int | str = subprocess.run(
-                [*command, "--out", str(folder)],
-                env=dict(environment),
-                stdout=log,
-                stderr=log,
-                timeout=LIMIT_SECONDS,
-            ).returncode
+            status: int | str = child.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             status = f"stopped after {LIMIT_SECONDS} s"
+            child.send_signal(signal.SIGINT)  # so that it stops the service that it started itself
+            _end(child)
     seconds = time.perf_counter() - started
     result: dict[str, Any] = {}
     curve = None
@@ -61,6 +62,14 @@ def run(recipe: Recipe, out: Path, seed: int, base: str, environment: Mapping[st
     faults = recipe.misses(result) if status == 0 else [f"it failed ({status}): {_tail(folder / 'log')}"]
     shown = shlex.join(["python", *command[1:]])
     return Run(recipe, seed, seconds, shown, result, faults, curve)
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    try:
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _tail(log: Path) -> str:

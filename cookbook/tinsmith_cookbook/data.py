@@ -66,6 +66,14 @@ def read(file: Path, form: Format | None = None, *, bad: list[str] | None = None
     return good
 
 
+def named(text: str) -> tuple[Path, Format | None]:
+    """FILE or FORM:FILE, as a command line names data; for `read`."""
+    for form in _READERS:
+        if text.startswith(f"{form}:"):
+            return Path(text.removeprefix(f"{form}:")), form
+    return Path(text), None
+
+
 def read_pairs(file: Path) -> list[Pair]:
     """Preferences, {"prompt", "chosen", "rejected"} a row; the prompt is text or a list of messages."""
     pairs = []
@@ -227,7 +235,11 @@ def _list(row: Any, name: str) -> list[Any]:
     return value
 
 
-_READERS: dict[str, Callable[[Any], Conversation]] = {"alpaca": _alpaca, "sharegpt": _sharegpt, "chat": _chat}
+_READERS: dict[Format, Callable[[Any], Conversation]] = {
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "chat": _chat,
+}
 
 
 # -- examples --------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ def lora_learning_rate(hidden_size: int, family: Family = "qwen") -> float:
     for Qwen. The 10 is what LoRA wants over full fine-tuning; with alpha fixed the rate hardly depends on
     rank.
 
-    It was fitted on models of 1B and more. A model of a few million parameters takes 3 to 10 times as much.
+    It was fitted on models of 1B and more. A model of a few million parameters takes more:
+    recipes/sweep.py finds how much.
     """
     if family not in _EXPONENTS:
         raise ValueError(f"no rule for the family {family!r}: there is one for {', '.join(_EXPONENTS)}")

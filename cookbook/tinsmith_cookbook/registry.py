@@ -92,7 +92,7 @@ RECIPES = [
         "rl-losses",
         "Every loss, and samples some steps old",
         "rl_losses",
-        {"ways": (9, 9), "smallest_gain": (0, 1)},
+        {"ways": (9, 9), "smallest_gain": (0.1, 1)},
     ),
     Recipe(
         "rlhf",

@@ -34,9 +34,13 @@ class Rollout:
     _turns: list[tuple[str, int, int]] = field(default_factory=list)
 
     def read(self, tokens: Sequence[int], logprobs: Sequence[float | None] | None = None) -> None:
-        """Tokens given to the model. Their logprobs are needed by dro only."""
+        """Tokens given to the model. Their logprobs are needed by dro only; the very first has none."""
+        if logprobs is not None:
+            missing = [at for at, p in enumerate(logprobs, len(self.tokens)) if p is None and at]
+            if missing or len(logprobs) != len(tokens):
+                raise ValueError("the tokens that were read came without all of their logprobs")
         self.tokens += tokens
-        self.logprobs += [p or 0.0 for p in logprobs] if logprobs else [0.0] * len(tokens)
+        self.logprobs += [0.0] * len(tokens) if logprobs is None else [p or 0.0 for p in logprobs]
         self.sampled += [False] * len(tokens)
 
     def write(self, sequence: Any) -> list[int]:
@@ -108,7 +112,7 @@ async def group(
     made = []
     for sequence in answer.sequences:
         rollout = Rollout()
-        rollout.read(list(prompt), answer.prompt_logprobs if prompt_logprobs else None)
+        rollout.read(list(prompt), (answer.prompt_logprobs or []) if prompt_logprobs else None)
         rollout.write(sequence)
         made.append(rollout)
     return made

@@ -23,15 +23,17 @@ KEY = ("TINSMITH_API_KEY", "TINKER_API_KEY")
 def connect(folder: Path) -> Iterator[tinker.ServiceClient]:
     """A client of the service in the environment (TINSMITH_BASE_URL or TINKER_BASE_URL, and the key beside
     it); without one, of a service whose data lies in `folder`: the one that runs there, if a run was killed,
-    or one that is started now and ends with this program."""
+    or one that is started now and ends with this program. Leaving finishes its session."""
     if address := in_environment():
-        yield tinker.ServiceClient(base_url=address[0], api_key=address[1])
+        with tinker.ServiceClient(base_url=address[0], api_key=address[1]) as client:
+            yield client
         return
     data = folder / "data"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a small model more threads mostly wait for each other
     tinsmith.connect(data_dir=data, arguments=("--deterministic",))
     url, key = ((data / name).read_text().strip() for name in ("address", "key"))
-    yield tinker.ServiceClient(base_url=url, api_key=key)
+    with tinker.ServiceClient(base_url=url, api_key=key) as client:
+        yield client
 
 
 @contextmanager

@@ -31,7 +31,9 @@ def command(chosen: Config, *, resume: bool = False) -> tuple[str, list[str]]:
     said += ["--warmup-ratio", str(chosen.warmup_ratio), "--schedule", chosen.lr_scheduler]
     said += ["--clip", str(chosen.max_grad_norm), "--eval-every", str(chosen.eval_steps)]
     said += ["--steps", str(chosen.max_steps)] if chosen.max_steps else ["--epochs", str(chosen.num_epochs)]
-    said += [word for dataset in chosen.datasets for word in ("--data", str(dataset.path))]
+    forms = ["" if d.type in (None, "preference") else f"{d.type}:" for d in chosen.datasets]
+    files = [f"{form}{d.path}" for form, d in zip(forms, chosen.datasets, strict=True)]
+    said += [word for file in files for word in ("--data", file)]
     if chosen.rl:
         return "dpo", [*said, "--loss", chosen.rl, "--beta", str(chosen.beta)]
 

@@ -52,6 +52,30 @@ def test_the_page_holds_the_numbers_the_faults_and_the_curves() -> None:
     assert "loss is &lt;2&gt;" in page
 
 
+SLOW = """
+import pathlib, sys, time
+try:
+    time.sleep(60)
+finally:
+    (pathlib.Path(sys.argv[-1]) / "tidied").touch()
+"""
+
+
+def test_a_recipe_that_takes_too_long_may_still_stop_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(book, "LIMIT_SECONDS", 2)
+    recipes = tmp_path / "tinsmith_cookbook/recipes"
+    recipes.mkdir(parents=True)
+    for name, text in (("../__init__.py", ""), ("__init__.py", ""), ("slow.py", SLOW)):
+        (recipes / name).write_text(text)
+    slow = Recipe("slow", "Slow", "slow", {})
+    ended = book.run(slow, tmp_path / "out", 0, "m", {"PYTHONPATH": str(tmp_path)})
+    assert ended.faults
+    assert "stopped after 2 s" in ended.faults[0]
+    assert (tmp_path / "out/slow/seed-0/tidied").exists()
+
+
 def test_the_book_runs_a_recipe_and_one_that_fails(
     in_environment: RunningService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

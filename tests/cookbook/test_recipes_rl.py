@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 import tinsmith
 from tests.conftest import RunningService
 from tinsmith_cookbook import courtesy, rollouts, tictactoe, villagers
-from tinsmith_cookbook.recipes import rl, synthetic, tool_use
+from tinsmith_cookbook.recipes import rl, self_play, synthetic, tool_use
 from tinsmith_cookbook.renderers import Renderer
 from tinsmith_cookbook.tictactoe import Board
+from tinsmith_cookbook.tracking import Tracker
 
 # What is asked here does not depend on how the service is put together.
 embedded = pytest.mark.parametrize("service", ["embedded"], indirect=True)
@@ -124,6 +126,45 @@ def test_documents_say_what_the_examination_asks_and_checks_keep_only_that() -> 
     asked = [other.question for other in synthetic.rephrased([pair])]
     assert asked == [question, f"What is the age of {who}?", f"Tell me how old {who} is."]
     assert villagers.KINDS["age"].examined.format(who=who) not in asked
+
+
+def test_games_that_end_all_alike_teach_nothing_and_end_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A player who never loses to itself only draws: there is no advantage to train on."""
+
+    class Training:
+        async def save_weights_and_get_sampling_client(self) -> None:
+            pass
+
+    class Client:
+        async def create_lora_training_client(self, *args: Any, **kwargs: Any) -> Training:
+            return Training()
+
+    async def drawn(*args: Any, **kwargs: Any) -> self_play.Game:
+        return self_play.Game(Board("XOXXOOOXX"))
+
+    async def standing(*args: Any) -> dict[str, dict[str, float]]:
+        return {who: {"won": 0.0, "lost": 0.0} for who in ("random", "perfect")}
+
+    for name, stand_in in (("play", drawn), ("standing", standing)):
+        monkeypatch.setattr(self_play, name, stand_in)
+    monkeypatch.setattr(self_play.Renderer, "of", lambda _: None)
+    client: Any = Client()
+    with Tracker(tmp_path) as tracker:
+        asyncio.run(self_play.train(client, Namespace(base="m", seed=0, steps=2), tracker))
+        assert tracker.column("draws") == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--group", "1"], ["--behind", "-1"], ["--problems", "0"], ["--updates", "0"]]
+)
+def test_settings_that_would_train_on_nothing_are_refused(
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        rl.main([*wrong, "--out", str(tmp_path)])
+    assert "must be at least" in capsys.readouterr().err
 
 
 # -- against a service ------------------------------------------------------------------------------------

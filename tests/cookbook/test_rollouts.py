@@ -64,6 +64,17 @@ def test_dro_needs_what_was_read_to_have_logprobs() -> None:
     assert values(rollout.datum(1.0, "dro"), "logprobs") == [-0.2, -0.3, -0.4]
 
 
+def test_a_logprob_that_is_missing_is_no_zero() -> None:
+    for logprobs in ([], [None, -1.0], [None, None, -1.0]):
+        with pytest.raises(ValueError, match="without all of their logprobs"):
+            Rollout().read([1, 2, 3], logprobs)
+    rollout = Rollout()
+    rollout.read([1, 2], [None, -1.0])
+    with pytest.raises(ValueError, match="without all of their logprobs"):
+        rollout.read([3], [None])
+    assert (rollout.tokens, rollout.logprobs) == ([1, 2], [0.0, -1.0])
+
+
 def test_a_sample_without_logprobs_is_refused() -> None:
     with pytest.raises(ValueError, match="without its logprobs"):
         Rollout().write(SimpleNamespace(sequence_id="a", tokens=[1], logprobs=None))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.client.stub import Stub
 from tinsmith_cookbook import service
 
 
@@ -21,6 +22,17 @@ def test_the_service_in_the_environment_is_taken(tmp_path: Path, monkeypatch: py
     with service.connect(tmp_path / "unused") as client:
         assert client is not None
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_recipe_that_ends_finishes_its_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a shared service keeps its runs until the session has been silent for a day."""
+    stub = Stub()
+    monkeypatch.setenv("TINSMITH_BASE_URL", stub.url)
+    monkeypatch.setenv("TINSMITH_API_KEY", "tml-key")
+    with service.connect(tmp_path) as client:
+        client.create_lora_training_client("m").result(10)
+    assert [one.json["reason"] for one in stub.of("sessions/s1/finish")] == [{"type": "success"}]
+    stub.close()
 
 
 @pytest.mark.parametrize("name", ["tinsmith", "tinker"])

@@ -12,6 +12,7 @@ from tests.conftest import RunningService
 from tests.test_house import ROOT
 from tinsmith_cookbook import config, toys, train
 from tinsmith_cookbook.config import BadConfig
+from tinsmith_cookbook.recipes import sft
 from tinsmith_cookbook.tracking import read
 
 EXAMPLES = sorted((ROOT / "cookbook/examples").glob("*.yaml"))
@@ -42,6 +43,19 @@ def test_every_example_is_good_and_its_recipe_understands_it(
     recipe, arguments = train.command(config.read(file))
     read_by_recipe = import_module(f"tinsmith_cookbook.recipes.{recipe}").parser().parse_args(arguments)
     assert read_by_recipe.learning_rate == config.read(file).learning_rate
+
+
+def test_the_form_that_a_file_names_is_the_one_that_is_read(folder: Path) -> None:
+    """Rows that have two forms: the one of the file's choice is learnt from, and not the one that is guessed."""
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "chat"}]
+    row = {"instruction": "Hello", "output": "alpaca", "messages": chat}
+    (folder / "both.jsonl").write_text(json.dumps(row) + "\n")
+    for form in ("alpaca", "chat"):
+        file = written(folder, datasets=[{"path": "both.jsonl", "type": form}])
+        recipe, arguments = train.command(config.read(file))
+        assert recipe == "sft"
+        (conversation,) = sft.read(sft.parser().parse_args(arguments))
+        assert conversation.messages[-1]["content"] == form
 
 
 def test_the_examples_data_is_what_the_generators_make() -> None:

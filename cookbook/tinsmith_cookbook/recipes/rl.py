@@ -102,7 +102,8 @@ async def train(
 
 
 async def accuracy(training: Any, renderer: Renderer) -> float:
-    """Of answers sampled at temperature 1, as in training, to problems that training does not draw."""
+    """Of answers sampled at temperature 1, as in training, to problems drawn apart from those of training,
+    which meets few of them."""
     sampler = await training.save_weights_and_get_sampling_client()
     held_out = [problem(random.Random(f"held out {i}")) for i in range(HELD_OUT)]
     score = await evaluation.generate(sampler, renderer, held_out, max_tokens=MAX_TOKENS, temperature=1.0)
@@ -122,7 +123,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = options.read(parser(), argv)
+    settings = options.read(made := parser(), argv)
+    if settings.group < 2:
+        made.error("--group must be at least 2: an answer is judged against the others of its group")
+    if settings.behind < 0 or settings.updates < 1 or settings.problems < 1:
+        made.error("--updates and --problems must be at least 1, and --behind not below 0")
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

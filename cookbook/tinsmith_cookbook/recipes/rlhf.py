@@ -7,8 +7,8 @@ rater has said which is better. It is a chat model
 3  Reinforcement learning against the reward model.
 
 What the rater himself thinks, whom stage 3 never asks, is measured at the end: the win rate against stage
-1, on questions that no stage has seen. And whether the answers are still right: a reward model gets what it
-likes, which need not be what was meant.
+1, on questions that stages 2 and 3 have not seen. And whether the answers are still right: a reward model
+gets what it likes, which need not be what was meant.
 """
 
 import argparse
@@ -71,6 +71,8 @@ async def compare(sampler: Any, renderer: Renderer, asked: Sequence[str], seed: 
         for b in texts
         if courtesy.warmth(a) - courtesy.warmth(b) > 0.25
     ]
+    if not found:
+        raise SystemExit("the rater finds no two answers different: take more --sft-steps")
     random.Random(seed).shuffle(found)
     return found
 
@@ -152,16 +154,17 @@ async def reinforce(
             if has_spread(earned):
                 used += group
                 batch += [r.datum(a) for r, a in zip(group, centred(earned), strict=True)]
-        forward_backward = policy.forward_backward(batch, "importance_sampling")
-        optim_step = policy.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE))
-        passed = await forward_backward
-        await optim_step
         every = [rollout for group in groups for rollout in group]
         numbers = {
             "reward": sum(r.reward for r in every) / len(every),
             "warmth": sum(courtesy.warmth(said(renderer, r)) for r in every) / len(every),
-            **rollouts.kl(used, passed),
         }
+        if batch:
+            forward_backward = policy.forward_backward(batch, "importance_sampling")
+            optim_step = policy.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE))
+            passed = await forward_backward
+            await optim_step
+            numbers |= rollouts.kl(used, passed)
         tracker.log(step, numbers)
         print(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()), flush=True)
 

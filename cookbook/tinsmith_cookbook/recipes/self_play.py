@@ -106,17 +106,18 @@ async def train(
                     moves = [rollout for turn, rollout in game.moves if turn == side and gain != 0]
                     used += reversed(moves)
                     data += [r.datum(gain * DISCOUNT**left) for left, r in enumerate(reversed(moves))]
-        forward_backward = training.forward_backward(data, "importance_sampling")
-        optim_step = training.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE))
-        passed = await forward_backward
-        await optim_step
         games = [game for some in groups for game in some]
         numbers = {
             "forfeits": sum(bool(g.forfeited_by) for g in games) / len(games),
             "draws": sum(not g.forfeited_by and not g.board.winner for g in games) / len(games),
             "x_wins": sum(g.board.winner == "X" for g in games) / len(games),
-            **rollouts.kl(used, passed),
         }
+        if data:  # else every group ended all alike
+            forward_backward = training.forward_backward(data, "importance_sampling")
+            optim_step = training.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE))
+            passed = await forward_backward
+            await optim_step
+            numbers |= rollouts.kl(used, passed)
         if step % 10 == 9 or step + 1 == settings.steps:
             after = await standing(await training.save_weights_and_get_sampling_client(), renderer)
             numbers |= {f"{who}_{what}": row[what] for who, row in after.items() for what in ("won", "lost")}

@@ -40,7 +40,7 @@ def train(
     if at.step == 0:
         at.exact_before = exact(training, renderer, held_out)
 
-    for step in range(at.step, steps):
+    for step in range(at.step, at.step if at.worse >= settings.patience else steps):
         rate = schedules.learning_rate(
             step, steps, settings.learning_rate, kind=settings.schedule, warmup_ratio=settings.warmup_ratio
         )
@@ -58,9 +58,10 @@ def train(
             at.judge(numbers["val_loss"])
         tracker.log(step, numbers)
         print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()), flush=True)
+        is_best = "val_loss" in numbers and at.worse == 0
         is_over = step + 1 == steps or at.worse >= settings.patience
-        if is_over or (step + 1) % settings.save_every == 0 or ("val_loss" in numbers and at.is_best):
-            at.save(training, settings.out, step + 1)
+        if is_over or is_best or (step + 1) % settings.save_every == 0:
+            at.save(training, settings.out, step + 1, is_best)
         if is_over:
             break
 
@@ -88,7 +89,7 @@ def read(settings: argparse.Namespace) -> list[Conversation]:
         toys.write(settings.out / "alpaca.jsonl", toys.json_alpaca(400, settings.seed)),
         toys.write(settings.out / "sharegpt.jsonl", toys.json_sharegpt(100, settings.seed + 1)),
     ]
-    return [conversation for file in files for conversation in data.read(Path(file))]
+    return [conversation for file in files for conversation in data.read(*data.named(str(file)))]
 
 
 def loss(training: tinker.TrainingClient, watched: list[tinker.Datum]) -> float:
@@ -119,18 +120,15 @@ class Standing:
     worse: int = 0
     exact_before: float = math.nan
 
-    @property
-    def is_best(self) -> bool:
-        return self.worse == 0
-
     def judge(self, val_loss: float) -> None:
         self.worse = 0 if val_loss < self.best else self.worse + 1
         self.best = min(self.best, val_loss)
 
-    def save(self, training: tinker.TrainingClient, out: Path, step: int) -> None:
-        """A checkpoint, and then the file that names it: whole or not at all."""
+    def save(self, training: tinker.TrainingClient, out: Path, step: int, is_best: bool) -> None:
+        """A checkpoint, and then the file that names it: whole or not at all. is_best: `best` was measured
+        on these very weights."""
         self.step, self.path = step, training.save_state(f"step-{step}").result().path
-        if self.is_best:
+        if is_best:
             self.best_path = self.path
         (out / "standing.new").write_text(json.dumps(asdict(self)))
         os.replace(out / "standing.new", out / "standing.json")
@@ -143,7 +141,12 @@ class Standing:
 
 def parser() -> argparse.ArgumentParser:
     made = options.parser("sft", __doc__, STEPS)
-    made.add_argument("--data", action="append", metavar="FILE", help="JSON Lines or JSON; may be repeated")
+    made.add_argument(
+        "--data",
+        action="append",
+        metavar="FILE",
+        help="JSON Lines or JSON, or alpaca:FILE, sharegpt:FILE, chat:FILE; may be repeated",
+    )
     made.add_argument("--sequence-len", type=int, default=512)
     made.add_argument("--packing", action="store_true", help="several examples in one sequence")
     made.add_argument("--rank", type=int, default=16)

@@ -179,6 +179,23 @@ class Connection:
             done.set_exception(error)
         return done
 
+    def promised(self, call: Callable[[], T]) -> Callable[[float | None], T]:
+        """As `run`, for a Future to fetch: whoever was told that the service was away and asks again has
+        `call` made again."""
+        made, was_away = self.run(call), False
+
+        def fetch(until: float | None) -> T:
+            nonlocal made, was_away
+            if was_away:
+                made, was_away = self.run(call), False
+            try:
+                return made.result(left(until))
+            except ServiceUnavailable:
+                was_away = True
+                raise
+
+        return fetch
+
     def result(self, sent: Sent, accept: str = JSON, until: float | None = None) -> httpx.Response:
         """The result that the answer to a submission promised; waits for as long as it takes."""
         request_id = read_json(sent.result(left(until)))["request_id"]

@@ -49,8 +49,7 @@ class Records:
         self._connection = connection or Connection(base_url, api_key)
 
     def _do(self, call: Callable[[], T]) -> Future[T]:
-        done = self._connection.run(call)
-        return Future(lambda _: done.result(), self._connection.waiters)
+        return Future(self._connection.promised(call), self._connection.waiters)
 
     def _get(self, read: Callable[[Any], T], path: str, **query: Any) -> Future[T]:
         return self._do(lambda: read(self._connection.get(path, **given(query))))

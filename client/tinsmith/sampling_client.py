@@ -64,9 +64,9 @@ class SamplingClient:
             answer = connection.post("create_sampling_session", fields, fatal=(402,))
             return str(answer["sampling_session_id"])
 
-        asked = connection.run(ask)
+        asked = connection.promised(ask)
         return SamplingClientFuture(
-            lambda _: cls(connection, asked.result(), base_model, record_stability_info), connection.waiters
+            lambda until: cls(connection, asked(until), base_model, record_stability_info), connection.waiters
         )
 
     def sample(

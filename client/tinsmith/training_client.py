@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tinsmith import custom_loss, runs
 from tinsmith.connection import PROTOBUF, Sent, given, read_json
 from tinsmith.custom_loss import CustomLoss, LossHandle
-from tinsmith.errors import InvalidInput
+from tinsmith.errors import InvalidInput, ServiceUnavailable
 from tinsmith.future import ClientFuture, Future, awaited, left, submitted
 from tinsmith.messages import MAX_BYTES, MAX_DATUMS, merge, pack, unpack
 from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
@@ -74,10 +74,10 @@ class TrainingClient:
             named = {"session_id": session.id, "model_seq_id": number, **fields()}
             return connection.send("POST", path, json=given(named), fatal=(402,))
 
-        asked = connection.run(ask)
+        asked = connection.promised(ask)
 
         def fetch(until: float | None) -> TrainingClient:
-            connection.result(asked.result(), until=until)
+            connection.result(asked(until), until=until)
             # The wire fixes how a run is named.
             return cls(
                 session, _info(connection.post("get_info", {"model_id": f"{session.id}:train:{number}"}))
@@ -141,15 +141,17 @@ class TrainingClient:
                     self._number(pack(list(itertools.islice(surrogate, count)), "cross_entropy")[0], seq_id)
                     for seq_id, count in zip(backward, counts, strict=True)
                 ]
+            except ServiceUnavailable:
+                raise  # asked again, the calls go on under their numbers
             except BaseException:
                 self._skip(backward)
                 raise
             return self._output([self._send_pass(body) for body in bodies]), loss, metrics
 
-        passed = self._connection.run(run)
+        passed = self._connection.promised(run)
 
         def fetch(until: float | None) -> ForwardBackwardOutput:
-            answer, loss, metrics = passed.result(left(until))
+            answer, loss, metrics = passed(until)
             output = answer.result(left(until))
             own = {"surrogate_loss:sum": output.metrics["loss:sum"], "loss:sum": loss, **metrics}
             return replace(output, metrics={**output.metrics, **own})

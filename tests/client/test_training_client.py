@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,52 @@ def test_a_call_that_was_given_up_is_sent_again_when_it_is_asked_for_again(stub:
     assert asyncio.run(future.result_async(10)).metrics is None
     assert len({request.body for request in stub.of("optim_step")}) == 1
     client.close().result(10)
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_client_or_record_asked_for_while_the_service_was_away_is_asked_for_again(
+    stub: Stub, in_loop: bool
+) -> None:
+    is_away = True
+    bodies = {"create_session": {"session_id": "s1"}, "get_server_capabilities": {"supported_models": []}}
+    for path, body in bodies.items():
+        stub.answers[path] = lambda _, body=body: Answer(503) if is_away else Answer(body=body)  # type: ignore[misc]
+    client = tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test", give_up_seconds=0.3)
+
+    def ask() -> tuple[Any, Any, Any]:
+        return (
+            client.create_lora_training_client("m"),
+            client.create_sampling_client(base_model="m"),
+            client.create_rest_client().get_server_capabilities(),
+        )
+
+    async def ask_in_loop() -> tuple[Any, Any, Any]:
+        return ask()
+
+    futures = asyncio.run(ask_in_loop()) if in_loop else ask()
+    for future in futures:
+        with pytest.raises(tinsmith.ServiceUnavailable):
+            future.result(10)
+    is_away = False
+    training, sampler, capabilities = (future.result(10) for future in futures)
+    assert (training.model_id, sampler.sampling_session_id) == ("s1:train:0", "s1:sample:0")
+    assert capabilities.supported_models == []
+
+
+def test_a_custom_loss_goes_on_under_its_numbers_when_the_service_is_back(stub: Stub) -> None:
+    answer_every_pass(stub)
+    client = tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test", give_up_seconds=0.3)
+    training = client.create_lora_training_client("m").result(10)
+    promise = stub.answers["forward_backward"]
+    stub.answers["forward_backward"] = lambda request: Answer(503, {"detail": "restarting"})
+    custom = training.forward_backward_custom(
+        [datum([1, 2])], lambda _, logprobs: (5.0, [2 * lp for lp in logprobs], {}), arrays="numpy"
+    )
+    with pytest.raises(tinsmith.ServiceUnavailable):
+        custom.result(10)
+    stub.answers["forward_backward"] = promise
+    assert custom.result(10).metrics["loss:sum"] == 5.0
+    assert [(p.seq_id, p.forward_only) for p in passes(stub)][-2:] == [(1, True), (2, False)]
 
 
 def test_a_large_call_is_sent_in_chunks_and_answered_as_one(

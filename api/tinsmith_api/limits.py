@@ -64,13 +64,19 @@ class _Key:
     tokens: int
 
 
+@dataclass
+class _Spent:
+    tokens: int
+
+
 class Limits:
     def __init__(self, settings: Settings, read: Read, calls: Calls) -> None:
         self._settings = settings
         self._read = read
         self._calls = calls
         self._tenants: Memory[ops.Usage] = Memory(seconds=1)
-        self._budgets: Memory[list[Budget]] = Memory(seconds=1)
+        self._budgets: Memory[list[Budget]] = Memory(seconds=1)  # by session
+        self._spent: Memory[_Spent] = Memory(seconds=1)  # by tenant or project: all its sessions share it
         self._keys: Memory[_Key] = Memory(seconds=1)
 
     async def check_rate(self, caller: Caller, route: str) -> None:
@@ -87,8 +93,8 @@ class Limits:
         budgets = await self._budgets_of(operation) if operation.tokens else []
         key = await self._key(caller) if caller is not None else None
         refusal = self._of_tenant(operation, tenant)
-        for budget in budgets:
-            refusal = refusal or _of_budget(operation, budget)
+        for budget, spent in budgets:
+            refusal = refusal or _of_budget(operation, budget, spent.tokens)
         if caller is not None and key is not None:
             refusal = refusal or _of_key(operation, caller, key)
         if refusal is not None:
@@ -99,8 +105,8 @@ class Limits:
         tenant.queued += 1
         tenant.queued_bytes += len(operation.payload or b"")
         tenant.runs += operation.kind == ops.CREATE_MODEL
-        for budget in budgets:
-            budget.used += operation.tokens
+        for _, spent in budgets:
+            spent.tokens += operation.tokens
         if key is not None:
             key.samples += operation.kind == ops.SAMPLE
             key.tokens += operation.tokens
@@ -111,12 +117,21 @@ class Limits:
             known = self._tenants.put(tenant_id, await self._read(lambda c: ops.usage(c, tenant_id)))
         return known
 
-    async def _budgets_of(self, operation: Operation) -> list[Budget]:
+    async def _budgets_of(self, operation: Operation) -> list[tuple[Budget, _Spent]]:
         session_id = usage.session_of(operation.subject)
-        known = self._budgets.get(session_id)
+        budgets = self._budgets.get(session_id)
+        if budgets is None:
+            find = functools.partial(usage.budgets, session_id=session_id)
+            budgets = self._budgets.put(session_id, await self._read(find))
+        return [(budget, await self._spent_of(budget)) for budget in budgets]
+
+    async def _spent_of(self, budget: Budget) -> _Spent:
+        whose = budget.project_id or budget.tenant_id
+        known = self._spent.get(whose)
         if known is None:
-            find = functools.partial(usage.budgets, tenant_id=operation.tenant_id, session_id=session_id)
-            known = self._budgets.put(session_id, await self._read(find))
+            found = await self._read(functools.partial(usage.spent, budget=budget))
+            # If somebody else asked meanwhile, theirs: calls were counted to it already.
+            known = self._spent.get(whose) or self._spent.put(whose, _Spent(found))
         return known
 
     async def _key(self, caller: Caller) -> _Key | None:
@@ -152,11 +167,11 @@ class Limits:
         return None
 
 
-def _of_budget(operation: Operation, budget: Budget) -> Exception | None:
-    if budget.used + operation.tokens <= budget.tokens:
+def _of_budget(operation: Operation, budget: Budget, spent: int) -> Exception | None:
+    if spent + operation.tokens <= budget.tokens:
         return None
     return BudgetSpent(
-        f"the budget of {budget.of} is {budget.tokens} tokens, {budget.used} are used or under way, "
+        f"the budget of {budget.of} is {budget.tokens} tokens, {spent} are used or under way, "
         f"and this call may take {operation.tokens}: an admin can raise it, calls then go on"
     )
 

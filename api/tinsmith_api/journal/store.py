@@ -67,6 +67,7 @@ class Store:
             self._repeat_while_gone(self._migrate, time.monotonic())
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="journal-read")
+        self._readers_apart = ThreadPoolExecutor(2, thread_name_prefix="journal-read-apart")
         self._writer = threading.Thread(target=self._write_forever, name="journal-write", daemon=True)
         self._writer.start()
 
@@ -81,7 +82,7 @@ class Store:
     def read(self, statement: Statement[Result]) -> "Future[Result]":
         """Run `statement` outside a transaction: each SELECT sees what is committed by then."""
         if not self._is_sqlite:
-            return self.read_apart(statement)
+            return self._readers.submit(self._read, statement, time.monotonic())
         # A lookup in the file takes less time than handing it to another thread.
         done: Future[Result] = Future()
         try:
@@ -91,14 +92,16 @@ class Store:
         return done
 
     def read_apart(self, statement: Statement[Result]) -> "Future[Result]":
-        """As `read`, always on another thread: for what finds more than a few rows."""
-        return self._readers.submit(self._read, statement, time.monotonic())
+        """As `read`, always on another thread, and none that lookups wait for: for what finds more than a few
+        rows."""
+        return self._readers_apart.submit(self._read, statement, time.monotonic())
 
     def close(self) -> None:
         """Commit what was asked for, then let go of the file."""
         self._jobs.put(None)
         self._writer.join()
         self._readers.shutdown()
+        self._readers_apart.shutdown()
         self._writes.dispose()
         self._reads.dispose()
         if self._turn_file:

@@ -111,7 +111,9 @@ def stored(
     return connection.execute(statement).all()
 
 
-def by_hour(connection: sa.Connection, tenant_id: str, first: int, end: int) -> Sequence[Any]:
+def by_hour(
+    connection: sa.Connection, tenant_id: str, first: int, end: int, *, at_most: int = 2**31 - 1
+) -> Sequence[Any]:
     """(hour, kind, base_model, session_id, project_id, member_id, user_metadata, amount), oldest hour first,
     the largest amount first within it."""
     amount = sa.cast(sa.func.sum(usage.c.amount), sa.BigInteger).label("amount")
@@ -134,7 +136,8 @@ def by_hour(connection: sa.Connection, tenant_id: str, first: int, end: int) -> 
     statement = sa.select(grouped, sessions.c.member_id, sessions.c.user_metadata).join_from(
         grouped, sessions, sessions.c.id == grouped.c.session_id, isouter=True
     )
-    return connection.execute(statement.order_by(grouped.c.hour, grouped.c.amount.desc())).all()
+    statement = statement.order_by(grouped.c.hour, grouped.c.amount.desc())
+    return connection.execute(statement.limit(at_most)).all()
 
 
 def of_run(connection: sa.Connection, run_id: str) -> dict[str, int]:
@@ -154,19 +157,21 @@ def of_run(connection: sa.Connection, run_id: str) -> dict[str, int]:
 # -- limits ----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Budget:
-    """`used`: finished, or under way."""
+    """Of a tenant, or of one of its projects."""
 
     of: str
     tokens: int
-    used: int
+    tenant_id: str
+    project_id: str = ""
 
 
-def budgets(connection: sa.Connection, tenant_id: str, session_id: str) -> list[Budget]:
+def budgets(connection: sa.Connection, session_id: str) -> list[Budget]:
     """Those that a call of this session counts to: its tenant's and its project's, where they have one."""
     row = connection.execute(
         sa.select(
+            tenants.c.id,
             tenants.c.name,
             tenants.c.token_budget,
             projects.c.id.label("project_id"),
@@ -179,16 +184,22 @@ def budgets(connection: sa.Connection, tenant_id: str, session_id: str) -> list[
     ).one_or_none()
     found = []
     if row is not None and row.token_budget is not None:
-        spent = _sum(connection, usage.c.amount, usage.c.tenant_id == tenant_id, usage.c.kind.in_(TOKENS))
-        found.append(
-            Budget(f"the organization {row.name}", row.token_budget, spent + _queued(connection, tenant_id))
-        )
+        found.append(Budget(f"the organization {row.name}", row.token_budget, row.id))
     if row is not None and row.project_budget is not None:
-        inside = sa.select(sessions.c.id).where(sessions.c.project_id == row.project_id)
-        spent = _sum(connection, usage.c.amount, usage.c.session_id.in_(inside), usage.c.kind.in_(TOKENS))
-        queued = _queued(connection, tenant_id, operations.c.subject.in_(ops.subjects_of(inside)))
-        found.append(Budget(f"the project {row.project}", row.project_budget, spent + queued))
+        found.append(Budget(f"the project {row.project}", row.project_budget, row.id, row.project_id))
     return found
+
+
+def spent(connection: sa.Connection, budget: Budget) -> int:
+    """Tokens used of it, by what is finished or under way."""
+    of_tokens = usage.c.kind.in_(TOKENS)
+    if not budget.project_id:
+        used = _sum(connection, usage.c.amount, usage.c.tenant_id == budget.tenant_id, of_tokens)
+        return used + _queued(connection, budget.tenant_id)
+    inside = sa.select(sessions.c.id).where(sessions.c.project_id == budget.project_id)
+    used = _sum(connection, usage.c.amount, usage.c.session_id.in_(inside), of_tokens)
+    its = operations.c.subject.in_(ops.subjects_of(inside))
+    return used + _queued(connection, budget.tenant_id, its)
 
 
 def of_key(connection: sa.Connection, tenant_id: str, key_id: int) -> tuple[int, int]:

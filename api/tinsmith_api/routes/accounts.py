@@ -27,6 +27,8 @@ _GIGABYTE = 1e9
 _HOURS_OF_A_MONTH = 720
 # What a day of the audit log is answered with at most; the newest are left out beyond it.
 _MAX_ENTRIES = 10_000
+# Nor is a bill longer than a client can take at once.
+_MAX_EVENTS = 50_000
 
 
 @router.post("/auth/token")
@@ -106,8 +108,13 @@ async def get_usage(
         raise InvalidInput("starting_on lies in the future")
     first, end = (int(given.timestamp() // 3600) for given in (starting_on, ending_before))
     rows, names = await mine.service.read_apart(
-        lambda c: (usage.by_hour(c, mine.tenant_id, first, end), _member_names(c, mine))
+        lambda c: (
+            usage.by_hour(c, mine.tenant_id, first, end, at_most=_MAX_EVENTS + 1),
+            _member_names(c, mine),
+        )
     )
+    if len(rows) > _MAX_EVENTS:
+        raise InvalidInput(f"this is a bill of more than {_MAX_EVENTS} events: ask for a shorter time")
     settings = mine.service.settings
     return reply(
         {

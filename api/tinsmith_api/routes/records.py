@@ -49,7 +49,7 @@ async def list_training_runs(
         rows = connection.execute(newest.limit(limit).offset(offset)).all()
         return _training_runs(connection, rows, mine.tenant_id), total
 
-    found, total = await mine.service.read(page)
+    found, total = await mine.service.read_apart(page)
     return reply({"training_runs": found, "cursor": {"offset": offset, "limit": limit, "total_count": total}})
 
 
@@ -57,14 +57,14 @@ async def list_training_runs(
 async def get_training_run(mine: Mine, run_id: str, access_scope: Scope = "owned") -> Response:
     """Of another organization if one of its checkpoints was published; of the run no more than that shows."""
     run = await mine.readable_run(run_id)
-    return reply((await mine.service.read(lambda c: _training_runs(c, [run], mine.tenant_id)))[0])
+    return reply((await mine.service.read_apart(lambda c: _training_runs(c, [run], mine.tenant_id)))[0])
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
 async def list_run_checkpoints(mine: Mine, run_id: str) -> Response:
     run = await mine.readable_run(run_id)
     is_own = run.tenant_id == mine.tenant_id
-    rows, _ = await mine.service.read(
+    rows, _ = await mine.service.read_apart(
         lambda c: checkpoints.listing(
             c, run.tenant_id, run_id=run.id, only_published=not is_own, limit=10_000
         )
@@ -109,7 +109,7 @@ async def get_cost(mine: Mine, run_id: str) -> Response:
 
 @router.get("/checkpoints")
 async def list_checkpoints(mine: Mine, limit: Limit = 100, offset: Offset = 0) -> Response:
-    rows, total = await mine.service.read(
+    rows, total = await mine.service.read_apart(
         lambda c: checkpoints.listing(
             c, mine.tenant_id, member_id=mine.caller.member_id, limit=limit, offset=offset
         )
@@ -125,34 +125,38 @@ async def list_checkpoints(mine: Mine, limit: Limit = 100, offset: Offset = 0) -
 def _training_runs(connection: sa.Connection, found: Sequence[Any], tenant_id: str) -> list[Json]:
     """As this tenant may see them."""
     ids = [run.id for run in found]
-    last_request = dict(
-        connection.execute(
-            sa.select(operations.c.subject, sa.func.max(operations.c.submitted_at))
-            .where(operations.c.subject.in_(ids))
-            .group_by(operations.c.subject)
-        )
-        .tuples()
-        .all()
-    )
-    # Oldest first, so that the newest of a run and kind stays.
-    last = {(row.run_id, row.kind): row for row in connection.execute(_checkpoints_of(ids))}
-    last = {
-        key: row for key, row in last.items() if row.tenant_id == tenant_id or row.published_at is not None
-    }
+    last_request = {row.id: row.submitted_at for row in connection.execute(_last_requests_of(ids))}
+    last = {(row.run_id, row.kind): row for row in connection.execute(_last_checkpoints_of(ids, tenant_id))}
     return [
         _training_run(run, last_request.get(run.id, run.created_at), last, is_own=run.tenant_id == tenant_id)
         for run in found
     ]
 
 
-def _checkpoints_of(run_ids: list[str]) -> sa.Select[Any]:
-    columns = saved.c
-    alive = sa.or_(columns.expires_at.is_(None), columns.expires_at > time.time())
+def _last_requests_of(run_ids: list[str]) -> sa.Select[Any]:
+    """By the highest number: a run has many calls, and an index knows which that is."""
+    numbers = sa.select(operations.c.seq_id).where(operations.c.subject == runs.c.id)
+    highest = numbers.order_by(operations.c.seq_id.desc()).limit(1).correlate(runs).scalar_subquery()
+    of_it = sa.and_(operations.c.subject == runs.c.id, operations.c.seq_id == highest)
     return (
-        sa.select(saved)
-        .where(columns.run_id.in_(run_ids), columns.ready_at.is_not(None), columns.listed, alive)
-        .order_by(columns.created_at, columns.path.desc())
+        sa.select(runs.c.id, operations.c.submitted_at).join(operations, of_it).where(runs.c.id.in_(run_ids))
     )
+
+
+def _last_checkpoints_of(run_ids: list[str], tenant_id: str) -> sa.Select[Any]:
+    """The newest of every run and kind that this tenant may see."""
+    columns = saved.c
+    is_seen = sa.or_(columns.tenant_id == tenant_id, columns.published_at.is_not(None))
+    alive = sa.or_(columns.expires_at.is_(None), columns.expires_at > time.time())
+    order = sa.func.row_number().over(
+        partition_by=(columns.run_id, columns.kind), order_by=(columns.created_at.desc(), columns.path)
+    )
+    numbered = (
+        sa.select(saved, order.label("number"))
+        .where(columns.run_id.in_(run_ids), columns.ready_at.is_not(None), columns.listed, is_seen, alive)
+        .subquery()
+    )
+    return sa.select(numbered).where(numbered.c.number == 1)
 
 
 def _training_run(

@@ -47,7 +47,7 @@ async def get_session(mine: Mine, session_id: str, access_scope: Scope = "owned"
     def its(table: sa.Table) -> sa.Select[Any]:
         return sa.select(table.c.id).where(table.c.session_id == session.id).order_by(table.c.created_at)
 
-    run_ids, sampler_ids = await mine.service.read(
+    run_ids, sampler_ids = await mine.service.read_apart(
         lambda c: [list(c.execute(its(table)).scalars()) for table in (runs, sampling_sessions)]
     )
     return reply(

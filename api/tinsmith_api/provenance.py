@@ -32,7 +32,7 @@ async def fill(mine: Owner, message: pb.ForwardBackwardRequest) -> None:
         for span in datum.loss_fn_input_spans
         if span.WhichOneof("span") == "sampled_tokens"
     }
-    records = await mine.service.read(lambda c: _records(c, sorted(wanted), mine.tenant_id))
+    records = await mine.service.read_apart(lambda c: _records(c, sorted(wanted), mine.tenant_id))
     for index, datum in enumerate(message.data):
         try:
             _fill_datum(datum, records)

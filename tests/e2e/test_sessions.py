@@ -124,6 +124,16 @@ def test_metadata_that_could_not_be_searched_is_refused(wire: Wire) -> None:
     assert wire.status == 200
 
 
+def test_metadata_is_found_as_it_is_shown(wire: Wire) -> None:
+    mark = uuid.uuid4().hex
+    session = wire.post("/create_session", user_metadata={"größe": "ß", "epoch": 5, "mark": mark})[
+        "session_id"
+    ]
+    for key, value in (("größe", "ß"), ("epoch", "5")):
+        found = wire.post("/sessions/search", user_metadata={"mark": mark, key: value})["sessions"]
+        assert [(s["session_id"], s["user_metadata"][key]) for s in found] == [(session, value)]
+
+
 @pytest.mark.parametrize("path", ["/sessions", "/training_runs", "/checkpoints"])
 def test_what_lies_beyond_any_list_is_nothing_or_refused(wire: Wire, path: str) -> None:
     wire.get(path, offset=2**63 - 1)

@@ -1,5 +1,6 @@
 """Sessions: finding them, moving them between projects, and their traces."""
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -185,8 +186,10 @@ def _named(body: Search) -> list[sa.ColumnElement[bool]]:
 def _has(key: str, value: str) -> sa.ColumnElement[bool]:
     if '"' in key or "\\" in key:
         raise InvalidInput(f"user_metadata: a key with quotes or backslashes cannot be searched for: {key!r}")
-    found: sa.ColumnElement[bool] = sessions.c.user_metadata[key].as_string() == value
-    return found
+    # SQLite looks for a key as it is written in JSON, PostgreSQL as it is read. One keeps a number a number.
+    names = {key, json.dumps(key)[1:-1]}
+    found = [sa.cast(sessions.c.user_metadata[name].as_string(), sa.String) == value for name in names]
+    return sa.or_(*found)
 
 
 def _in_status(status: Status) -> sa.ColumnElement[bool]:

@@ -443,6 +443,21 @@ def test_what_a_failed_save_wrote_is_collected(store: Store, run: str) -> None:
     assert found == ["half/written"]
 
 
+def test_what_a_failed_save_wrote_over_another_s_name_is_collected(store: Store, run: str) -> None:
+    from tinsmith_worker import answers
+
+    row = _reservation(store, "1")
+    store.write(lambda c: checkpoints.publish(c, "1", row)).result()
+    tenant_id, path = str(row["tenant_id"]), str(row["path"])
+    overwriting = Operation("r", 2, ops.SAVE_WEIGHTS, tenant_id, "m", request_id="2")
+    store.write(lambda c: answers.free_name(c, overwriting)).result()
+    found = store.read(lambda c: c.execute(sa.select(garbage.c.object_prefix)).scalars().all()).result()
+    assert found == [checkpoints.prefix_of(tenant_id, "r", "2")]
+    kept = store.read(lambda c: checkpoints.find(c, path, tenant_id)).result()
+    assert kept is not None
+    assert kept.object_prefix == row["object_prefix"]
+
+
 def test_a_flood_keeps_nobody_else_s_call_from_being_heard_of(store: Store, run: str) -> None:
     for seq in range(1, 31):
         submit(store, seq)

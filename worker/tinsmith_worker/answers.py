@@ -90,7 +90,8 @@ def publish(connection: sa.Connection, operation: Operation, given: Json, row: J
 
 def free_name(connection: sa.Connection, operation: Operation) -> None:
     if operation.kind in ops.SAVES:
-        checkpoints.free_name(connection, operation.request_id)
+        written = checkpoints.prefix_of(operation.tenant_id, operation.subject, operation.request_id)
+        checkpoints.free_name(connection, operation.request_id, written)
 
 
 def sampled(output: SampleOutput, task: pb.SampleTask) -> bytes:

@@ -27,6 +27,11 @@ def path_of(run_id: str, kind: str, name: str) -> str:
     return f"tinker://{run_id}/{kind}/{name}"
 
 
+def prefix_of(tenant_id: str, run_id: str, request_id: str) -> str:
+    """Its own folder for every save: what was saved under the name before stays until this one is whole."""
+    return f"{tenant_id}/checkpoints/{run_id}/{request_id}"
+
+
 def reserve(connection: sa.Connection, values: Json) -> bool:
     """Take the name; False if it is taken."""
     return insert_if_new(connection, checkpoints, {"created_at": time.time(), **values})
@@ -74,8 +79,11 @@ def publish(connection: sa.Connection, request_id: str, values: Json) -> None:
         discard_objects(connection, before.object_prefix)
 
 
-def free_name(connection: sa.Connection, request_id: str) -> None:
-    """The save failed: nothing is left of its reservation, and what it wrote is collected."""
+def free_name(connection: sa.Connection, request_id: str, written: str = "") -> None:
+    """The save failed: nothing is left of its reservation, and what it wrote is collected. (One that was to
+    overwrite another has no reservation, but may have `written`.)"""
+    if written:
+        discard_objects(connection, written)
     statement = sa.delete(checkpoints).where(
         checkpoints.c.request_id == request_id, checkpoints.c.ready_at.is_(None)
     )

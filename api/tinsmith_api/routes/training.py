@@ -470,8 +470,7 @@ async def _save(
         "path": path,
         "kind": kind,
         "name": name,
-        # Its own folder for every save: what was saved under the name before stays until this one is whole.
-        "object_prefix": f"{mine.tenant_id}/checkpoints/{run.id}/{request_id}",
+        "object_prefix": checkpoints.prefix_of(mine.tenant_id, run.id, request_id),
         "ttl_seconds": body.ttl_seconds,
         "user_metadata": body.user_metadata,
         **(extra or {}),

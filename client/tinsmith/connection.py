@@ -49,7 +49,7 @@ class Sent(concurrent.futures.Future[httpx.Response]):
     """The answer to a request. Whoever was told that the service was away and asks again has the same request
     sent again: the call keeps its number, so no other one waits for it in vain."""
 
-    again: "Callable[[], Sent] | None" = None
+    again: "Callable[..., Sent] | None" = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +59,14 @@ class Sent(concurrent.futures.Future[httpx.Response]):
     def result(self, timeout: float | None = None) -> httpx.Response:
         if self._was_away:
             assert self.again is not None
-            self._later = self._later or self.again()
-            return self._later.result(timeout)
+            until = None if timeout is None else time.monotonic() + timeout
+            later = self._later = self._later or self.again(until=until)
+            try:
+                return later.result(timeout)
+            except TimeoutError:
+                if later.done():  # it was sent for no longer than that
+                    self._later = None
+                raise
         try:
             return super().result(timeout)
         except ServiceUnavailable:

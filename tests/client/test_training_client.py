@@ -177,6 +177,12 @@ def test_a_call_that_was_given_up_is_sent_again_when_it_is_asked_for_again(stub:
     future = asyncio.run(submit()) if in_loop else training.optim_step()
     with pytest.raises(tinsmith.ServiceUnavailable, match="503 starting"):
         future.result(10)
+    client._connection._give_up_seconds = 60
+    for _ in range(2):  # asking again keeps the time it is given
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            future.result(0.2)
+        assert time.monotonic() - started < 2
     is_away = False
     assert future.result(10).metrics is None
     assert asyncio.run(future.result_async(10)).metrics is None

@@ -113,7 +113,7 @@ RECIPES = [
         {"student_before": (0, 0.1), "student_after": (0.2, 1)},
         ("--method", "off", "--teacher", "prompt"),
     ),
-    Recipe("self-play", "Tic-tac-toe against itself", "self_play", {"won_against_random_after": (0.3, 1)}),
+    Recipe("self-play", "Tic-tac-toe against itself", "self_play", {"gain_against_random": (0.1, 1)}),
     Recipe(
         "tool-use",
         "A calculator, called when it helps",

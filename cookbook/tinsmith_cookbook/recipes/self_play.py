@@ -23,9 +23,9 @@ from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 from tinsmith_cookbook.tictactoe import Board, best_move, random_move, read_move
 
-STEPS = options.Steps(full=40, short=15)
-POSITIONS, GROUP, DISCOUNT, GAMES_JUDGED = 6, 8, 0.7, 60
-RANK, LEARNING_RATE, MAX_TOKENS = 16, 2e-3, 3
+STEPS = options.Steps(full=15, short=10)
+POSITIONS, GROUP, DISCOUNT, GAMES_JUDGED = 12, 8, 0.7, 150
+RANK, LEARNING_RATE, MAX_TOKENS = 16, 5e-4, 3
 
 
 @dataclass
@@ -130,7 +130,7 @@ async def train(
         for who, row in found.items()
     ]
     names = (("random", "won"), ("perfect", "lost"))
-    return {
+    return {"gain_against_random": after["random"]["won"] - before["random"]["won"]} | {
         f"{what}_against_{who}_{when}": found[who][what]
         for who, what in names
         for when, found in (("before", before), ("after", after))

@@ -12,11 +12,12 @@ import sqlalchemy as sa
 
 from tests.servers import wait_until
 from tests.worker.test_process import POISON, House
-from tinsmith_api.journal import leases
+from tinsmith_api.journal import checkpoints, leases
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.objects import DirectoryStore
 from tinsmith_api.journal.store import Store
 from tinsmith_api.journal.tables import runs
+from tinsmith_worker import answers
 from tinsmith_worker.contract import AdapterState, ModelFacts
 from tinsmith_worker.intake import Adopt, Event, Intake
 from tinsmith_worker.outbox import Outbox
@@ -261,3 +262,26 @@ def test_an_adoption_under_a_lease_that_is_lost_already_is_ignored(house: House)
     house.outcome(house.train("a", 2, 1, 2))
     assert worker.held["a"].lease.epoch == epoch + 1
     assert house.gradient_of(house.step("a", 3)) == 2
+
+
+def test_a_save_that_came_too_late_leaves_its_name_free(house: House) -> None:
+    run = house.run("a")
+    late = save(house, run, 1, ring=False)
+    reservation = {
+        "path": checkpoints.path_of(run, "weights", "1"),
+        "run_id": run,
+        "tenant_id": house.tenant,
+        "kind": "weights",
+        "name": "1",
+        "listed": True,
+        "object_prefix": checkpoints.prefix_of(house.tenant, run, late),
+        "lora": {},
+        "user_metadata": {},
+    }
+    assert house.journal.write(lambda c: checkpoints.reserve(c, {**reservation, "request_id": late})).result()
+    [(epoch,)] = house.sql("select epoch from runs where id = 'a'")
+    lease = {"tenant_id": house.tenant, "base_model": "m", "worker_id": "w1", "epoch": epoch}
+    assert house.journal.write(lambda c: answers.give_up(c, run, [1], **lease)).result() == [late]
+    assert house.outcome(late).error is not None
+    again = {**reservation, "request_id": "another"}
+    assert house.journal.write(lambda c: checkpoints.reserve(c, again)).result(), "the name is taken for ever"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,14 @@ def free_name(connection: sa.Connection, operation: Operation) -> None:
     if operation.kind in ops.SAVES:
         written = checkpoints.prefix_of(operation.tenant_id, operation.subject, operation.request_id)
         checkpoints.free_name(connection, operation.request_id, written)
+
+
+def give_up(connection: sa.Connection, run_id: str, seq_ids: Sequence[int], **lease: Any) -> list[str]:
+    """As `ops.give_up`; the names that late saves had taken are free again. Returns request ids."""
+    late = ops.give_up(connection, run_id, seq_ids, **lease)
+    for operation in late:
+        free_name(connection, operation)
+    return [operation.request_id for operation in late]
 
 
 def sampled(output: SampleOutput, task: pb.SampleTask) -> bytes:

@@ -641,7 +641,7 @@ class Worker:
         for run_id, missing, behind in self.schedule.overdue(time.monotonic()):
             held = self.held[run_id]
             give_up = functools.partial(
-                ops.give_up,
+                answers.give_up,
                 run_id=run_id,
                 seq_ids=missing,
                 tenant_id=held.lease.tenant_id,

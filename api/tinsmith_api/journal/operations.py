@@ -324,10 +324,10 @@ def give_up(
     base_model: str,
     worker_id: str,
     epoch: int,
-) -> list[str]:
+) -> list[Operation]:
     """Enter numbers that did not come in time as failed, so that nothing waits for them again.
 
-    Returns the request ids of those that came in the last moment, failed now too. LeaseLost as in `finish`.
+    Returns those that came in the last moment, failed now too. LeaseLost as in `finish`.
     """
     check_lease(connection, run_id, worker_id, epoch)
     error = {"error": "this call did not arrive in time and was given up", "category": "user"}
@@ -336,8 +336,7 @@ def give_up(
         missing = Operation(run_id, seq_id, "missing", tenant_id, base_model, error=error)
         entered, is_new = submit(connection, missing)
         if not is_new and entered.state == QUEUED:
-            refuse(connection, entered, error)
-            late.append(entered.request_id)
+            late.append(refuse(connection, entered, error))
     return late
 
 

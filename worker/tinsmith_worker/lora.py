@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, targets
 from tinsmith_worker.copies import to_device
@@ -394,7 +394,7 @@ def owner_of(key: torch.Tensor) -> Any:
     return _known[int(key)]
 
 
-@torch.library.custom_op("tinsmith::group_forward", mutates_args=())
+@library.custom_op("tinsmith::group_forward", mutates_args=())
 def group_forward(
     x_TI: torch.Tensor, key: torch.Tensor, width0: int, width1: int, width2: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -414,7 +414,7 @@ def _(
     return empty(width0), empty(width1), empty(width2)
 
 
-@torch.library.custom_op("tinsmith::group_backward", mutates_args=())
+@library.custom_op("tinsmith::group_backward", mutates_args=())
 def group_backward(
     x_TI: torch.Tensor, key: torch.Tensor, dy0: torch.Tensor, dy1: torch.Tensor, dy2: torch.Tensor
 ) -> torch.Tensor:

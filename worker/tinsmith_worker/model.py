@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import library, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -400,7 +400,7 @@ def _attention(
     return output_THC.unsqueeze(0), None
 
 
-@torch.library.custom_op("tinsmith::attend", mutates_args=())
+@library.custom_op("tinsmith::attend", mutates_args=())
 def _attend(
     query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, key: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -418,7 +418,7 @@ def _(
     return query_THC.new_empty(query_THC.shape)
 
 
-@torch.library.custom_op("tinsmith::attend_backward", mutates_args=())
+@library.custom_op("tinsmith::attend_backward", mutates_args=())
 def _attend_backward(
     gradient_THC: torch.Tensor,
     query_THC: torch.Tensor,

@@ -73,6 +73,24 @@ def test_in_deterministic_mode_one_token_alone_equals_one_token_among_many_bit_f
         assert np.array_equal(a, b)
 
 
+def test_in_deterministic_mode_neighbours_of_a_wide_base_change_no_bit() -> None:
+    """A CPU's library may add up 896 products of 64 rows otherwise than of 128."""
+    base = tiny.base(hidden_size=320, intermediate_size=896)
+    engine = TorchEngine(base, EngineSettings(deterministic=True))
+    work = []
+    for seed, lengths in ((1, (8, 24, 13)), (2, (30, 9)), (3, (120, 60))):
+        engine.restore(f"run-{seed}", tiny.trained(base, LoraSpec(4, seed), seed))
+        work.append(Work(f"run-{seed}", tiny.batch(lengths=lengths, seed=seed)))
+    alone = [engine.forward_backward([one])[0].logprobs_TK for one in work]
+    single = [engine.state(one.run_id).gradient for one in work]
+    for one in work:
+        engine.optim_steps([(one.run_id, tiny.AdamParams(learning_rate=0.0))])
+    together = engine.forward_backward(work)
+    for one, before, gradient, after in zip(work, alone, single, together, strict=True):
+        assert np.array_equal(before, after.logprobs_TK)
+        assert np.array_equal(gradient, engine.state(one.run_id).gradient)
+
+
 def test_in_deterministic_mode_operations_given_together_or_one_by_one_leave_the_same_bits() -> None:
     """A worker that replays a run's operations after a crash may group them otherwise than the first time."""
     given = [TENANTS["ada"][1], TENANTS["cyd"][1], TENANTS["bob"][1]]

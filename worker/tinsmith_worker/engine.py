@@ -20,10 +20,8 @@ from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
 from tinsmith_worker.copies import to_device, to_host
 from tinsmith_worker.model import Base
-from tinsmith_worker.stream import Segment, Stream
+from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
 
-# A product of fewer rows may take another kernel, and so give other bits, than the same rows among more.
-_LEAST_ROWS = 64
 _PIECES_PER_PASS = 8
 # Triton's kernels are compiled for blocks of 16, 32, 64 and 128 columns.
 _USUAL_RANKS = (8, 16, 32, 64, 128)
@@ -245,7 +243,7 @@ class TorchEngine:
         """
         if self._settings.deterministic and self.base.device.type == "cuda":
             tokens = max(tokens, self._settings.max_tokens_per_pass)
-        return -(-tokens // _LEAST_ROWS) * _LEAST_ROWS
+        return -(-tokens // LEAST_ROWS) * LEAST_ROWS
 
     def _score(self, block: _Block, hidden_ND: torch.Tensor) -> None:
         targets_NK, columns = self._inputs(block)

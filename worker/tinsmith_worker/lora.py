@@ -44,15 +44,24 @@ class Deltas(Protocol):
 
 
 class Loop:
-    """One segment after the other in plain torch; none at all is the base alone."""
+    """One segment after the other in plain torch; none at all is the base alone.
 
-    def __init__(self, segments: Sequence[Segment], *, train: bool) -> None:
+    `block`: rows of one product with the base, all of them unless given. A CPU's library chooses its kernel,
+    and with it the bits, by the number of rows: 64 rows of 896 were added up otherwise than 128 (oneMKL on a
+    Xeon of the fourth generation). Blocks of one size do not know how many there are.
+    """
+
+    def __init__(self, segments: Sequence[Segment], *, train: bool, block: int | None = None) -> None:
         self._parts = [(slice(s.start, s.stop), s.adapter) for s in segments if s.adapter is not None]
         self._train = train
+        self._block = block
         self._shrunk: dict[int, list[torch.Tensor]] = {}  # by group, from forward to backward
 
     def forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
-        ys = [F.linear(x_TI, member.weight, member.bias) for member in group.members]
+        ys = [
+            join([F.linear(rows_NI, member.weight, member.bias) for rows_NI in self._blocks(x_TI)])
+            for member in group.members
+        ]
         shrunk = []
         for rows, adapter in self._parts:
             A_XI, Bs = adapter.views[group.number]
@@ -65,9 +74,9 @@ class Loop:
         return ys
 
     def backward(self, group: "Group", x_TI: torch.Tensor, dys_TO: Sequence[torch.Tensor]) -> torch.Tensor:
-        dx_TI = torch.mm(dys_TO[0], group.members[0].weight)
-        for member, dy_TO in zip(group.members[1:], dys_TO[1:], strict=True):
-            dx_TI.addmm_(dy_TO, member.weight)
+        dx_TI = join(
+            [self._base_backward(group, dys) for dys in zip(*map(self._blocks, dys_TO), strict=True)]
+        )
         for (rows, adapter), u_NX in zip(self._parts, self._shrunk.pop(group.number, ()), strict=True):
             A_XI, Bs = adapter.views[group.number]
             gradient_A, gradient_Bs = adapter.gradient_views[group.number]
@@ -79,6 +88,19 @@ class Loop:
             accumulate(gradient_A, du_NX.T, x_TI[rows])
             dx_TI[rows].addmm_(du_NX, A_XI)
         return dx_TI
+
+    def _blocks(self, of_TX: torch.Tensor) -> Sequence[torch.Tensor]:
+        return of_TX.split(self._block) if self._block else (of_TX,)
+
+    def _base_backward(self, group: "Group", dys_NO: Sequence[torch.Tensor]) -> torch.Tensor:
+        dx_NI = torch.mm(dys_NO[0], group.members[0].weight)
+        for member, dy_NO in zip(group.members[1:], dys_NO[1:], strict=True):
+            dx_NI.addmm_(dy_NO, member.weight)
+        return dx_NI
+
+
+def join(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
 
 
 def accumulate(gradient: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -274,15 +296,22 @@ def triton_kernels() -> Any:
 
 
 def deltas(
-    segments: Sequence[Segment], rows: int, device: torch.device, *, kernels: bool, train: bool
+    segments: Sequence[Segment],
+    rows: int,
+    device: torch.device,
+    *,
+    kernels: bool,
+    train: bool,
+    block: int | None = None,
 ) -> dict[Kind, Deltas]:
-    """How the adapters of a pass act on either kind of group. `kernels`: through Triton's."""
+    """How the adapters of a pass act on either kind of group. `kernels`: through
+    Triton's; `block`: as in Loop."""
     shared: dict[tuple[int, ...], Rows] = {}
     found: dict[Kind, Deltas] = {}
     for kind in ("attn", "mlp"):
         acting = [s for s in segments if s.adapter is not None and targets(s.adapter.spec, kind)]
         if not kernels or not acting:
-            found[kind] = Loop(acting, train=train)
+            found[kind] = Loop(acting, train=train, block=block)
             continue
         which = tuple(s.start for s in acting)
         if which not in shared:

@@ -22,7 +22,7 @@ from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
 from tinsmith_worker.head import Head
 from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, owner_of, register, triton_kernels
-from tinsmith_worker.stream import Segment, Stream
+from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
 
 _ATTENTION = "tinsmith"
 
@@ -133,7 +133,8 @@ class Base:
         rows = len(stream.tokens_T)
         if not train and self._last[0] is stream.segments and self._last[1] == rows:
             return self._last[2]  # a sampler's next token: everything is where it was
-        found = deltas(stream.segments, rows, self.device, kernels=self.kernels, train=train)
+        block = LEAST_ROWS if self.is_deterministic and self.device.type == "cpu" else None
+        found = deltas(stream.segments, rows, self.device, kernels=self.kernels, train=train, block=block)
         # The engine's passes never come again, and what is kept keeps its adapters in memory.
         of_sampler = not isinstance(stream.attention, CausalSequences)
         self._last = (stream.segments, rows, found) if of_sampler else ((), 0, {})

@@ -10,6 +10,10 @@ import torch
 
 from tinsmith_worker.adapters import Adapter
 
+LEAST_ROWS = 64
+"""A training pass has a multiple of so many rows, the last of them padding. A product of fewer rows may take
+another kernel, and so give other bits, than the same rows among more."""
+
 
 class Attention(Protocol):
     """How the tokens of a stream see each other. Trainer and sampler bring their own."""

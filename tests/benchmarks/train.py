@@ -30,6 +30,7 @@ import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tinsmith.wire.batch import TrainInput
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import AdamParams, LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
@@ -195,7 +196,8 @@ def time_engine(
     step, names = ready(engine, ranks, tenants)
     try:
         found = timed(step, sum(map(sum, tenants)), seconds=seconds)
-        return found | {"layers computed anew": engine.base.recomputed_layers}
+        kept = engine.base.kept
+        return found | {"lean layers": kept.lean_layers, "layers computed anew": kept.recomputed_layers}
     finally:
         for name in names:
             engine.drop(name)
@@ -396,20 +398,23 @@ def memory_8b(seconds: float) -> Rows:
     for rank in (8, 32, 128):
         gib = engine.size_bytes(LoraSpec(rank, 0, train_unembed=False)) / 2**30
         yield {"adapter of rank": rank, "GiB": gib}
-    yield {"activations of a token": f"{engine.base.bytes_per_token / 2**20:.2f} MiB"}
-    as_room_allows = engine.base._layers_beyond_memory
-    for recompute in (0, 36):
+    activations = engine.base.activations
+    yield {
+        "KiB of a token and layer": activations.whole_bytes / 2**10,
+        "lean": activations.lean_bytes / 2**10,
+    }
+    for keeping in (Keeping(), Keeping(lean_layers=36), Keeping(recomputed_layers=36)):
         for tokens in (4096, 8192, 16384):
             engine._settings = EngineSettings(tokens)
-            engine.base._layers_beyond_memory = lambda _, layers=recompute: layers  # type: ignore[method-assign, misc]
-            row: Row = {"tokens per pass": tokens, "layers computed anew": recompute}
+            engine.base.keeping = keeping
+            row: Row = {"tokens per pass": tokens}
             try:
                 row["engine"] = time_engine(engine, [32], [[512] * (tokens // 512)], seconds=seconds)
             except torch.OutOfMemoryError:
-                row["error"] = "no room on this card"
+                row |= {"error": "no room on this card", "keeping": repr(keeping)}
                 free()
             yield row
-    engine.base._layers_beyond_memory = as_room_allows  # type: ignore[method-assign]
+    engine.base.keeping = None
     engine._settings = EngineSettings()
 
 
@@ -456,9 +461,9 @@ def by_kind(profile: Any) -> Row:
     for start, stop in spans:
         gaps.append(max(0.0, start - end) / 1e3)
         end = max(end, stop)
-    top = sorted(kernels.items(), key=lambda kv: -kv[1])[:16]
+    top = sorted(kernels.items(), key=lambda kv: -kv[1])[:24]
     return {"ms": {k: round(v, 1) for k, v in sorted(kinds.items(), key=lambda kv: -kv[1])},
-            "idle ms": round(sum(gaps), 1), "longest gap ms": round(max(gaps), 2), "kernels": {k: round(v, 1) for k, v in top}}  # fmt: skip
+            "launches": len(events), "idle ms": round(sum(gaps), 1), "longest gap ms": round(max(gaps), 2), "kernels": {k: round(v, 1) for k, v in top}}  # fmt: skip
 
 
 def cpu(seconds: float) -> Rows:
@@ -541,8 +546,9 @@ def cells(row: Row) -> list[str]:
             about = f"{name} {value['tokens/s']:,.0f} tokens/s"
             if "steps" in value:
                 about += f" ({value['slowest']:,.0f} to {value['fastest']:,.0f}, {value['steps']} steps)"
-            if value.get("layers computed anew"):
-                about += f", {value['layers computed anew']} layers computed anew"
+            for what in ("lean layers", "layers computed anew"):
+                if value.get(what):
+                    about += f", {value[what]} {what}"
             if value.get("peak GiB"):
                 about += f", {value['peak GiB']:.0f} GiB"
             found.append(about)

@@ -25,6 +25,7 @@ import tiny
 import torch
 
 from tinsmith.wire.batch import TrainInput
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import (
     AdamParams,
     AdapterState,
@@ -40,6 +41,7 @@ from tinsmith_worker.sampler import TorchSampler
 
 DTYPES = [torch.float32, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SOME = Keeping(recomputed_layers=2, lean_layers=1)
 Finding = dict[str, Any]
 Shape = dict[str, Any]
 
@@ -87,7 +89,7 @@ def engine_with(
     *,
     kernels: bool = True,
     compiled: bool = False,
-    recompute: bool = False,
+    keeping: Keeping | None = None,
     deterministic: bool = False,
 ) -> TorchEngine:
     base = Base(tiny.model(dtype=dtype, **(TINY if small else SMALL)).to(DEVICE))
@@ -95,8 +97,7 @@ def engine_with(
     base.kernels &= kernels
     if compiled:
         engine.warm_up()
-    if recompute:
-        base._layers_beyond_memory = lambda _: 3  # type: ignore[method-assign]
+    base.keeping = keeping
     return engine
 
 
@@ -184,11 +185,13 @@ def check_packing(small: bool) -> list[Finding]:
         others = {
             "each alone": {run: trained(engine_with(small, dtype), [run])[run] for run in TENANTS},
             "the loop over adapters": trained(engine_with(small, dtype, kernels=False), list(TENANTS)),
-            "activations computed anew": trained(engine_with(small, dtype, recompute=True), list(TENANTS)),
+            "activations computed anew": trained(engine_with(small, dtype, keeping=SOME), list(TENANTS)),
         }
         if dtype == torch.bfloat16:
             others["layers compiled"] = trained(engine_with(small, dtype, compiled=True), list(TENANTS))
-            both = engine_with(small, dtype, compiled=True, recompute=True)
+            lean = engine_with(small, dtype, compiled=True, keeping=Keeping(lean_layers=99))
+            others["compiled, lean"] = trained(lean, list(TENANTS))
+            both = engine_with(small, dtype, compiled=True, keeping=SOME)
             others["compiled and computed anew"] = trained(both, list(TENANTS))
         for what, other in others.items():
             worst = max(error(a, b) for run in TENANTS for a, b in zip(packed[run], other[run], strict=True))

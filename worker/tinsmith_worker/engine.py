@@ -15,6 +15,7 @@ import torch
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import Int64, TrainInput, TrainOutput
 from tinsmith_worker import losses, optim
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import Adapter, adapter_elements
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
@@ -85,12 +86,15 @@ class TorchEngine:
         self.base.compile()
         lengths_S = np.array([256, 200], np.int64)
         given = _any_input(lengths_S, self.facts.vocab_size)
+        lean = Keeping(lean_layers=self.base.activations.layers)
         for rank in _USUAL_RANKS:
             self.create("", LoraSpec(rank, 0))
-            for forward_only in (False, True):
-                self.forward_backward([Work("", replace(given, forward_only=forward_only))])
+            for self.base.keeping in (Keeping(), lean):
+                self.forward_backward([Work("", given)])
+            self.forward_backward([Work("", replace(given, forward_only=True))])
             self.optim_steps([("", AdamParams())])
             self.drop("")
+        self.base.keeping = None
 
     @property
     def memory_bytes(self) -> int:

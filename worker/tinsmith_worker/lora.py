@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import library, nn
 
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, targets
 from tinsmith_worker.copies import to_device
 from tinsmith_worker.stream import Attention, Segment
@@ -328,7 +329,7 @@ class Pass:
     deltas: dict[Kind, Deltas]
     train: bool
     may_compile: bool = False
-    recomputed_layers: int = 0  # so many, the first ones, compute their activations anew in the backward
+    keeping: Keeping = field(default_factory=Keeping)
     kept: dict[int, Any] = field(default_factory=dict)  # what an attention layer's backward wants, by its key
 
 

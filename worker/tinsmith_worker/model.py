@@ -4,7 +4,6 @@ Shapes: T packed tokens, D hidden, V vocabulary.
 """
 
 import collections
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +11,14 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch._functorch.config as functorch_config
 from torch import library, nn
+from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tinsmith.errors import InvalidInput
+from tinsmith_worker.activations import Activations, Keeping
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, Site
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
@@ -31,7 +33,8 @@ class Base:
     """A frozen causal LM over packed streams. One thread at a time.
 
     `sites` are the places an adapter can act on, the output embedding last. `kernels`: whether Triton's are
-    used. `is_deterministic`: whether bits must depend on nobody else's rows.
+    used. `is_deterministic`: whether bits must depend on nobody else's rows. `keeping`: what training passes
+    keep of their activations; None: as memory allows.
     """
 
     def __init__(self, model: Any, *, tokenizer: str = "") -> None:
@@ -71,10 +74,11 @@ class Base:
         self._current = Current()
         self.kernels = self.device.type == "cuda" and triton_kernels() is not None
         self.is_deterministic = False
+        self.keeping: Keeping | None = None
+        self.kept = Keeping()  # by the last training pass
         self._last: tuple[tuple[Segment, ...], int, dict[Kind, Deltas]] = ((), 0, {})
-        self.recomputed_layers = 0  # of the last pass
-        self.bytes_per_token = 0.0  # of activations that a training pass keeps; 0 until there was one
         layers = _layers(self._decoder, config)
+        self.activations = Activations(len(layers))
         expected = self._probe_alone(architecture)
         together = self._linears_given_the_same(layers)
         self.sites = tuple(self._replace_linears(layers, together))
@@ -110,10 +114,9 @@ class Base:
             self._deltas(stream, train=train),
             train=train,
             may_compile=isinstance(stream.attention, CausalSequences),  # a sampler's is not
-            recomputed_layers=self._layers_beyond_memory(len(stream.tokens_T)) if train else 0,
+            keeping=(self.keeping or self._as_memory_allows(len(stream.tokens_T))) if train else Keeping(),
         )
         self._current.now = now
-        self.recomputed_layers = now.recomputed_layers
         before = self._allocated()
         try:
             output = self._decoder(
@@ -124,8 +127,9 @@ class Base:
             raise
         if not train:
             self._current.now = None
-        elif not now.recomputed_layers:
-            self.bytes_per_token = (self._allocated() - before) / len(stream.tokens_T)
+        else:
+            self.kept = now.keeping
+            self.activations.learn(now.keeping, len(stream.tokens_T), self._allocated() - before)
         hidden_1TD: torch.Tensor = output.last_hidden_state
         return hidden_1TD.squeeze(0)
 
@@ -143,14 +147,13 @@ class Base:
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def _layers_beyond_memory(self, tokens: int) -> int:
-        """How many layers' activations the device has no room for, judging by the last pass that kept all."""
-        if self.device.type != "cuda" or not self.bytes_per_token:
-            return 0
+    def _as_memory_allows(self, tokens: int) -> Keeping:
+        if self.device.type != "cuda":
+            return Keeping()
+        self.activations.always_lean = self.is_deterministic
         free = torch.cuda.mem_get_info(self.device)[0] - _BESIDE_ACTIVATIONS
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        of_layer = tokens * self.bytes_per_token / len(self._layers)
-        return min(len(self._layers), max(0, math.ceil((tokens * self.bytes_per_token - free) / of_layer)))
+        return self.activations.keeping(tokens, free)
 
     def backward(self, hidden_TD: torch.Tensor, gradient_TD: torch.Tensor) -> None:
         """From dL/dhidden of the last `forward` to the adapters' gradients."""
@@ -317,22 +320,32 @@ class _Layer:
     def __init__(self, layer: nn.Module, number: int, current: Current) -> None:
         self._number = number
         self._eager: Callable[..., Any] = layer.forward
-        self._compiled: Callable[..., Any] | None = None
+        self._whole = self._lean = self._eager
         self._current = current
         layer.forward = self
 
     def compile(self) -> None:
         # All layers are one piece of code, compiled once, and for any number of tokens.
-        self._compiled = torch.compile(self._eager, dynamic=True)
+        self._whole = torch.compile(self._eager, dynamic=True)
+        self._lean = torch.compile(self._eager, dynamic=True, backend=_lean)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = self._current.now
         if now is None:
             return self._eager(*args, **kwargs)
-        run = self._compiled if self._compiled is not None and now.may_compile else self._eager
-        if self._number >= now.recomputed_layers:
-            return run(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        again = self._number < now.keeping.recomputed_layers
+        lean = self._number < now.keeping.recomputed_layers + now.keeping.lean_layers
+        run = (self._lean if lean else self._whole) if now.may_compile else self._eager
+        if again:
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return run(*args, **kwargs)
+
+
+def _lean(program: Any, inputs: Any) -> Any:
+    """torch's compiler, told to make anew in the backward what costs no product."""
+    # Any budget between what that leaves of the activations and all of them means the same.
+    with functorch_config.patch(activation_memory_budget=0.9):
+        return compile_fx(program, inputs)
 
 
 def _layers(decoder: Any, config: Any) -> list[tuple[str, nn.Module]]:

@@ -24,7 +24,13 @@ Read = Callable[[Callable[[Any], Any]], Awaitable[Any]]
 # Waiting for results, and saying that one is still there, is no use of the service.
 _UNCOUNTED = {
     f"/api/v1/{route}"
-    for route in ("retrieve_future", "session_heartbeat", "telemetry", "client/dynamic_config")
+    for route in (
+        "retrieve_future",
+        "retrieve_futures",
+        "session_heartbeat",
+        "telemetry",
+        "client/dynamic_config",
+    )
 }
 
 

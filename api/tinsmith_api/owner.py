@@ -7,7 +7,7 @@ exist (NotFound, 404).
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
@@ -19,6 +19,8 @@ from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Statement
 from tinsmith_api.service import Service
 from tinsmith_api.signer import ACCOUNT, InvalidToken
+
+Found = TypeVar("Found")
 
 # Every JSON Web Token begins so, and no key does.
 _JWT = "eyJ"
@@ -101,8 +103,20 @@ class Owner:
             raise NotFound(f"no checkpoint {path} among yours or the published ones")
         return found
 
-    async def outcome(self, request_id: str) -> ops.Outcome:
-        found = await self.service.read(lambda c: ops.outcome(c, request_id, self.tenant_id))
+    async def outcome(self, request_id: str, at_most_bytes: int) -> ops.Outcome:
+        """Without its body if that is larger."""
+        return self._future(
+            request_id,
+            await self.service.read(lambda c: ops.outcome(c, request_id, self.tenant_id, at_most_bytes)),
+        )
+
+    async def operation(self, request_id: str) -> Operation:
+        """That a future is the promise of."""
+        return self._future(
+            request_id, await self.service.read(lambda c: ops.find(c, request_id, self.tenant_id))
+        )
+
+    def _future(self, request_id: str, found: Found | None) -> Found:
         if found is None:
             raise NotFound(f"no future {request_id} among yours")
         return found

@@ -161,6 +161,14 @@ class Service:
         """A result was fetched. Traces show it; nobody waits for it to be written."""
         self._retrieved.setdefault(request_id, time.time())
 
+    def cancelled(self, sample: Operation) -> None:
+        """A sample was given up: wake who waits for it here, and have its worker look at it, which stops it
+        and wakes those who wait elsewhere."""
+        self.wakeups.wake(sample.request_id)
+        self.wakeups.wake(sample.subject)
+        if sample.worker_id is not None:
+            self.doorbell.ring(sample.worker_id, sample.request_id)
+
     async def _note_retrieved(self) -> None:
         while True:
             await asyncio.sleep(1.0)

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     slot_bytes: int = Field(0, ge=0)  # 0: computed from what the machine has
     host_bytes: int = Field(0, ge=0)
     poll_seconds: float = Field(25.0, gt=0, lt=40)  # the official SDK hangs up after 45 s
+    # Clients wait for all samples of a sampler with one call, and not with one for each: thousands at once
+    # then need few connections, and each takes a call more.
+    poll_by_sampler: bool = False
     max_forward_backward_bytes: int = 256 << 20
     max_sample_bytes: int = 64 << 20
     max_body_bytes: int = 1 << 20

@@ -75,6 +75,7 @@ READING = {
     "/api/v1/client/dynamic_config",
     "/api/v1/telemetry",
     "/api/v1/retrieve_future",
+    "/api/v1/retrieve_futures",
     "/api/v1/get_info",
     "/api/v1/weights_info",
     "/api/v1/sessions/search",

@@ -101,6 +101,26 @@ def test_a_sampler_stays_frozen_while_its_run_trains_on(client: tinker.ServiceCl
     assert np.abs(moved - forward).max() > 1e-3, "training stood still"
 
 
+def test_inflight_samplers_take_up_what_their_run_saves_and_frozen_ones_do_not(
+    client: tinker.ServiceClient,
+) -> None:
+    run = client.create_lora_training_client(MODEL, rank=8, seed=4).result()
+    prompt = types.ModelInput.from_ints(TEXT)
+    first = run.save_weights_and_get_sampling_client(kind="inflight").result()
+    frozen = run.save_weights_and_get_sampling_client().result()
+    before = first.compute_logprobs(prompt).result()
+    train(run, 2)
+    assert first.compute_logprobs(prompt).result() == before
+    second = run.save_weights_and_get_sampling_client(kind="inflight").result()
+    after = second.compute_logprobs(prompt).result()
+    assert after != before
+    assert first.compute_logprobs(prompt).result() == after
+    assert frozen.compute_logprobs(prompt).result() == before
+    rest = client.create_rest_client()
+    listed = rest.list_checkpoints(run.get_info().model_id).result().checkpoints
+    assert listed == [], "they are no checkpoints of the user's"
+
+
 def test_samples_of_one_request_differ_and_a_seed_repeats_them(client: tinker.ServiceClient) -> None:
     sampler = client.create_sampling_client(base_model=MODEL).result()
     params = types.SamplingParams(max_tokens=12, seed=11, stop=[])

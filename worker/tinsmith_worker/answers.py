@@ -83,7 +83,8 @@ def publish(connection: sa.Connection, operation: Operation, given: Json, row: J
         "session_id": given["session_id"],
         "base_model": operation.base_model,
         "model_path": given["path"],
-        "object_prefix": given["object_prefix"],
+        # One that follows its run has what lies at the path whenever it is asked.
+        "object_prefix": None if given.get("follows") else given["object_prefix"],
     }
     if not checkpoints.open_sampler(connection, sampler):
         raise InvalidInput(f"sampling session {sampler_id} exists with other weights: use the next number")

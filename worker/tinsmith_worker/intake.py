@@ -97,6 +97,11 @@ class SampleArrived:
 
 
 @dataclass(frozen=True)
+class SampleCancelled:
+    request_id: str
+
+
+@dataclass(frozen=True)
 class WeightsRead:
     """A sampler's weights that were asked for, or why not."""
 
@@ -120,7 +125,17 @@ class Drain:
 
 _Work = queue.SimpleQueue[Callable[[], None]]
 Event = (
-    Adopt | Arrived | Waiting | Snapshotted | Settled | Room | SampleArrived | WeightsRead | LeaseGone | Drain
+    Adopt
+    | Arrived
+    | Waiting
+    | Snapshotted
+    | Settled
+    | Room
+    | SampleArrived
+    | SampleCancelled
+    | WeightsRead
+    | LeaseGone
+    | Drain
 )
 
 
@@ -377,6 +392,8 @@ class Intake:
     # -- samples --------------------------------------------------------------------------------------
 
     def _sample(self, operation: Operation) -> None:
+        if operation.state != ops.QUEUED and operation.request_id in self.sampling:
+            self.inbox.put(SampleCancelled(operation.request_id))
         if operation.state != ops.QUEUED or operation.request_id in self.sampling:
             return
         self.sampling.add(operation.request_id)

@@ -123,13 +123,14 @@ class Outbox:
         used: Mapping[str, int] | None = None,
     ) -> None:
         """Result, state and whatever belongs to them, in one transaction; then wake who waits."""
-        is_run = operation.kind != ops.SAMPLE
+        is_sample = operation.kind == ops.SAMPLE
 
         def statement(connection: sa.Connection) -> None:
             finished = ops.finish(
                 connection,
                 operation.request_id,
-                run_id=operation.subject if is_run else None,
+                run_id=None if is_sample else operation.subject,
+                sampler_id=operation.subject if is_sample else None,
                 worker_id=self._worker_id,
                 epoch=epoch,
                 body=body,
@@ -148,6 +149,12 @@ class Outbox:
             lambda done: self._committed(operation, epoch, body is not None, done)
         )
 
+    def announce(self, operation: Operation) -> None:
+        """It has its outcome: wake who waits for it, or for any sample of its sampler."""
+        self._announce(operation.request_id)
+        if operation.kind == ops.SAMPLE:
+            self._announce(operation.subject)
+
     def handed_over(self) -> "Future[None]":
         """Done when the journal's thread has everything that was given to this one before."""
         return self._thread.submit(lambda: None)
@@ -163,7 +170,7 @@ class Outbox:
     def _committed(self, operation: Operation, epoch: int, has_body: bool, done: "Future[None]") -> None:
         failure = done.exception()
         if failure is None:
-            self._announce(operation.request_id)
+            self.announce(operation)
         elif isinstance(failure, LeaseLost):
             log.warning("the lease of %s went to another worker", operation.subject)
             self._on_lost(operation.subject, epoch)

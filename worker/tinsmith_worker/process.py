@@ -39,6 +39,7 @@ from tinsmith_worker.intake import (
     Prepared,
     Room,
     SampleArrived,
+    SampleCancelled,
     Settled,
     Snapshotted,
     Waiting,
@@ -238,6 +239,8 @@ class Worker:
                 self._adopt(event)
             case SampleArrived():
                 self.sampling.begin(event)
+            case SampleCancelled(request_id):
+                self.sampling.cancel(request_id)
             case WeightsRead():
                 self.sampling.weights_read(event)
             case LeaseGone(run_id, epoch):

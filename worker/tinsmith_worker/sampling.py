@@ -50,6 +50,21 @@ class Sampling:
         self._waiting.setdefault(event.operation.tenant_id, deque()).append(request_id)
         self._fill()
 
+    def cancel(self, request_id: str) -> None:
+        """Let go of it: it has its outcome already."""
+        event = self._take(request_id)
+        if event is None:
+            return
+        waiting = self._waiting.get(event.operation.tenant_id, deque())
+        if request_id in waiting:
+            waiting.remove(request_id)
+            if not waiting:
+                del self._waiting[event.operation.tenant_id]
+        else:
+            self._sampler.cancel(request_id)
+        self._outbox.announce(event.operation)
+        self._fill()
+
     def weights_read(self, event: WeightsRead) -> None:
         waiting = self._reading.pop(event.object_prefix, [])
         failure = event.failure
@@ -62,10 +77,10 @@ class Sampling:
                     log.exception("the weights of %s cannot be held", event.object_prefix)
                 failure = Failure(f"sampling cannot begin: {error}", "server")
         for request_id in waiting:
-            if failure is None and request_id in self._under_way:
-                self._add(request_id)
-            elif failure is not None:
+            if failure is not None:
                 self._fail(request_id, failure)
+            elif request_id in self._under_way:
+                self._add(request_id)
         self._fill()
 
     def decode(self, *, until: float) -> None:

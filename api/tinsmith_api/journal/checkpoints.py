@@ -96,6 +96,19 @@ def open_sampler(connection: sa.Connection, values: Json) -> bool:
     return insert_if_new(connection, sampling_sessions, {"created_at": time.time(), **values})
 
 
+_JOIN = (
+    sa.update(sampling_sessions)
+    .where(sampling_sessions.c.id == sa.bindparam("of_sampler"))
+    .values(clones=sampling_sessions.c.clones + 1)
+    .returning(sampling_sessions.c.clones)
+)
+
+
+def join_sampler(connection: sa.Connection, sampler_id: str) -> int:
+    """The number of one more client of this sampler, from 1 on."""
+    return int(connection.execute(_JOIN, {"of_sampler": sampler_id}).scalar_one())
+
+
 def delete(connection: sa.Connection, path: str) -> None:
     delete_all(connection, [path])
 

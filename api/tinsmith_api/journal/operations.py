@@ -36,6 +36,7 @@ SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
 SAVE_WEIGHTS_EXTERNAL = "save_weights_external"
 LOAD_WEIGHTS = "load_weights"
 SAMPLE = "sample"
+CREATE_CUSTOM_LOSS = "create_custom_loss"
 
 SAVES = frozenset({SAVE_WEIGHTS, SAVE_WEIGHTS_FOR_SAMPLER, SAVE_WEIGHTS_EXTERNAL})
 # What an adapter is the result of; a replay executes these and steps over the others.
@@ -68,13 +69,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What retrieve_future needs of an operation: a body if it is done, an error if it failed."""
+    """What retrieve_future needs of an operation: a body if it is done, an error if it failed. The body is
+    left out if it is larger than was asked for; `size_bytes` is None if there is none (any more)."""
 
     kind: str
     state: str
     body: bytes | None
     error: Json | None
     base_model: str = ""
+    size_bytes: int | None = None
 
 
 @dataclass
@@ -93,12 +96,21 @@ class LeaseLost(Exception):  # noqa: N818 - the name says what happened
     """Another worker holds this run now; nothing was written."""
 
 
+ANY_SIZE = 2**63 - 1
+
 # Statements of the hot path are built once: building one costs several times what running it does.
 _REQUEST_ID: sa.BindParameter[str] = sa.bindparam("of_request")
 
+# How long a body is both databases know without reading it.
+_BODY_BYTES = sa.func.length(results.c.body)
 _OUTCOME = (
     sa.select(
-        operations.c.kind, operations.c.state, operations.c.error, results.c.body, operations.c.base_model
+        operations.c.kind,
+        operations.c.state,
+        operations.c.error,
+        sa.case((sa.bindparam("at_most", type_=sa.BigInteger) >= _BODY_BYTES, results.c.body)).label("body"),
+        operations.c.base_model,
+        _BODY_BYTES.label("size_bytes"),
     )
     .join_from(operations, results, operations.c.request_id == results.c.request_id, isouter=True)
     .where(operations.c.request_id == _REQUEST_ID, operations.c.tenant_id == sa.bindparam("of_tenant"))
@@ -130,14 +142,20 @@ _FINISH = (
     .values(
         {
             name: sa.bindparam(f"new_{name}")
-            for name in ("state", "finished_at", "error", "started_at", "metrics")
+            for name in ("state", "finished_at", "error", "started_at", "metrics", "completion")
         }
     )
 )
+# Its row stays locked until this is committed: numbers become visible in their order.
+_NEXT_COMPLETION = (
+    sa.update(sampling_sessions)
+    .where(sampling_sessions.c.id == sa.bindparam("of_sampler"))
+    .values(completions=sampling_sessions.c.completions + 1)
+    .returning(sampling_sessions.c.completions)
+)
 # The other columns are written when it was executed, and when its result was fetched.
-_SUBMITTED = [
-    c.name for c in operations.c if c.name not in ("finished_at", "started_at", "retrieved_at", "metrics")
-]
+_LATER = ("finished_at", "started_at", "retrieved_at", "metrics", "completion")
+_SUBMITTED = [c.name for c in operations.c if c.name not in _LATER]
 _NOTE_RETRIEVED = (
     sa.update(operations)
     .where(operations.c.request_id == _REQUEST_ID, operations.c.retrieved_at.is_(None))
@@ -182,10 +200,13 @@ def refuse(connection: sa.Connection, operation: Operation, error: Json) -> Oper
     return replace(operation, state=FAILED, error=error)
 
 
-def outcome(connection: sa.Connection, request_id: str, tenant_id: str) -> Outcome | None:
-    """The state of one of this tenant's futures; None if there is none."""
-    row = connection.execute(_OUTCOME, {"of_request": request_id, "of_tenant": tenant_id}).one_or_none()
-    return None if row is None else Outcome(row.kind, row.state, row.body, row.error, row.base_model)
+def outcome(
+    connection: sa.Connection, request_id: str, tenant_id: str, at_most_bytes: int = ANY_SIZE
+) -> Outcome | None:
+    """One of this tenant's futures without its body if that is larger; None if there is none."""
+    given = {"of_request": request_id, "of_tenant": tenant_id, "at_most": at_most_bytes}
+    row = connection.execute(_OUTCOME, given).one_or_none()
+    return None if row is None else Outcome(**row._mapping)
 
 
 def fetch(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operation]:
@@ -286,12 +307,14 @@ def finish(
     is_replayed: bool = True,
     started_at: float | None = None,
     metrics: Json | None = None,
+    sampler_id: str | None = None,
 ) -> bool:
     """Record the outcome of a queued operation. False if it had one already (the first stands).
 
     has_effect: it failed, but a replay must execute it all the same (its state is DONE, with an error).
     is_replayed: whether a replay executes it if it is DONE; if not, its payload is of no more use.
     metrics: what is to be remembered of its result when the body is forgotten.
+    sampler_id: the sampling session of a sample, which counts it.
     For an operation of a run (`run_id`), LeaseLost unless this worker holds it under this epoch.
     """
     if run_id is not None and check_lease(connection, run_id, worker_id, epoch):
@@ -303,7 +326,11 @@ def finish(
         "new_error": error,
         "new_started_at": started_at,
         "new_metrics": metrics,
+        "new_completion": None,
     }
+    if sampler_id is not None:
+        counted = connection.execute(_NEXT_COMPLETION, {"of_sampler": sampler_id})
+        outcome["new_completion"] = counted.scalar_one_or_none()
     updated = connection.execute(_FINISH, {"of_request": request_id, **outcome})
     if not updated.rowcount:
         return False
@@ -353,6 +380,56 @@ def note_retrieved(connection: sa.Connection, times: dict[str, float]) -> None:
     """When results were fetched first, by request id."""
     rows = [{"of_request": request_id, "at": at} for request_id, at in sorted(times.items())]
     connection.execute(_NOTE_RETRIEVED, rows)
+
+
+def find(connection: sa.Connection, request_id: str, tenant_id: str) -> Operation | None:
+    """One of this tenant's operations, without its payload."""
+    its = (operations.c.request_id == request_id, operations.c.tenant_id == tenant_id)
+    row = connection.execute(sa.select(operations).where(*its)).one_or_none()
+    return None if row is None else _operation(row)
+
+
+def cancel(connection: sa.Connection, sample: Operation) -> bool:
+    """Fail a sample that nobody waits for any more; False if it had its outcome before."""
+    return finish(
+        connection,
+        sample.request_id,
+        run_id=None,
+        worker_id="",
+        epoch=-1,
+        error={"error": "cancelled by its client", "category": "user"},
+        sampler_id=sample.subject,
+    )
+
+
+def completions(
+    connection: sa.Connection, sampler_id: str, *, seq_ids: range, after: int, at_most: int
+) -> Sequence[Any]:
+    """(request_id, state, completion, size_bytes) of the samples with these numbers that were finished after
+    the sampler's `after`-th, in the order in which they were."""
+    statement = (
+        sa.select(
+            operations.c.request_id,
+            operations.c.state,
+            operations.c.completion,
+            _BODY_BYTES.label("size_bytes"),
+        )
+        .join_from(operations, results, operations.c.request_id == results.c.request_id, isouter=True)
+        .where(
+            operations.c.subject == sampler_id,
+            operations.c.completion > after,
+            operations.c.seq_id >= seq_ids.start,
+            operations.c.seq_id < seq_ids.stop,
+        )
+        .order_by(operations.c.completion)
+    )
+    return connection.execute(statement.limit(at_most)).all()
+
+
+def known_of(connection: sa.Connection, sampler_id: str, request_ids: Sequence[str]) -> list[str]:
+    """Which of these are samples of this sampler."""
+    its = (operations.c.subject == sampler_id, operations.c.request_id.in_(request_ids))
+    return list(connection.execute(sa.select(operations.c.request_id).where(*its)).scalars())
 
 
 def of_session(connection: sa.Connection, session_id: str, *, at_most: int) -> Sequence[Any]:

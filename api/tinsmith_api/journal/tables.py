@@ -108,6 +108,7 @@ runs = sa.Table(
     sa.Column("base_model", sa.String, nullable=False, index=True),
     sa.Column("lora", sa.JSON, nullable=False),  # rank, seed, train_attn, train_mlp, train_unembed
     sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("optimizer", sa.String, nullable=False, server_default="adamw"),  # its family, for good
     sa.Column("created_at", sa.Float, nullable=False),
     # The lease: where the run is placed, and who may write for it. A finish under an older epoch is refused.
     sa.Column("worker_id", sa.String, index=True),
@@ -144,8 +145,11 @@ operations = sa.Table(
     sa.Column("retrieved_at", sa.Float),
     # What its result said of the training: the body is forgotten after a day, the curve is not.
     sa.Column("metrics", sa.JSON(none_as_null=True)),
+    # Of a sample: it was the so-manieth of its sampling session to be finished.
+    sa.Column("completion", sa.BigInteger),
     sa.UniqueConstraint("subject", "seq_id"),
     sa.Index("operations_open", "base_model", "state"),
+    sa.Index("operations_completed", "subject", "completion"),
     sa.Index("operations_of_tenant", "tenant_id", "state"),
 )
 
@@ -173,8 +177,25 @@ sampling_sessions = sa.Table(
     sa.Column("session_id", sa.ForeignKey("sessions.id"), nullable=False, index=True),
     sa.Column("base_model", sa.String, nullable=False),
     sa.Column("model_path", sa.String),  # NULL: the base model itself
+    # NULL as well for a sampler that follows its run: it has what lies at its model_path now.
     sa.Column("object_prefix", sa.String, index=True),
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("completions", sa.BigInteger, nullable=False, server_default="0"),  # samples that are finished
+    sa.Column("clones", sa.Integer, nullable=False, server_default="0"),  # clients that joined it
+)
+
+# Losses that clients described: what a forward_backward of their session is computed with.
+custom_losses = sa.Table(
+    "custom_losses",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("session_id", sa.ForeignKey("sessions.id"), nullable=False),
+    sa.Column("seq_id", sa.Integer, nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("graph", sa.LargeBinary, nullable=False),  # JSON (tinsmith.wire.loss_graph)
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.UniqueConstraint("session_id", "seq_id"),
 )
 
 checkpoints = sa.Table(

@@ -16,7 +16,7 @@ from tinsmith_api.bodies import Body, Strict, off_loop, parse, read_body, reply,
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
-from tinsmith_api.owner import Mine, MineToChange, check_usable
+from tinsmith_api.owner import Mine, MineToChange, Owner, check_usable
 from tinsmith_api.service import Facts
 
 router = APIRouter(prefix="/api/v1")
@@ -67,6 +67,21 @@ async def create_sampling_session(mine: MineToChange, request: Request) -> Respo
                 f"sampling session {sampler_id} exists with other weights: use the next number"
             )
     return reply({"sampling_session_id": sampler_id})
+
+
+class JoinSamplingSession(Body):
+    sampling_session_id: str
+
+
+@router.post("/join_sampling_session", openapi_extra=takes(JoinSamplingSession))
+async def join_sampling_session(mine: MineToChange, request: Request) -> Response:
+    """A number for one more client of this sampler, which numbers its calls from a billion times that on."""
+    body = parse(JoinSamplingSession, await read_body(request, mine.service.settings.max_body_bytes))
+    sampler = await mine.sampler(body.sampling_session_id)
+    await mine.open_session(sampler.session_id)
+    return reply(
+        {"client_counter": await mine.service.write(lambda c: checkpoints.join_sampler(c, sampler.id))}
+    )
 
 
 @router.get("/samplers/{sampler_id}")
@@ -122,7 +137,7 @@ async def asample(mine: MineToChange, request: Request) -> Response:
     request_id = uuid.uuid4().hex
     sequence_ids = [f"{request_id}-{i}" for i in range(body.num_samples)]
     task = await off_loop(len(raw), lambda: _task(body, facts))
-    task.object_prefix = sampler.object_prefix or ""
+    task.object_prefix = await _weights(mine, sampler)
     task.sequence_ids.extend(sequence_ids)
     operation = Operation(
         sampler.id,
@@ -136,6 +151,13 @@ async def asample(mine: MineToChange, request: Request) -> Response:
         payload=task.SerializeToString(),
     )
     return reply(await mine.submit(operation))
+
+
+async def _weights(mine: Owner, sampler: Any) -> str:
+    """Where the weights lie that are sampled now; "" for the base model."""
+    if sampler.object_prefix is not None or sampler.model_path is None:
+        return sampler.object_prefix or ""
+    return str((await mine.checkpoint(sampler.model_path)).object_prefix)
 
 
 def _task(body: Sample, facts: Facts) -> pb.SampleTask:

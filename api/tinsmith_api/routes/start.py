@@ -46,6 +46,8 @@ async def client_config(mine: Mine) -> Response:
             "fwd_via_fwdbwd": True,
             "create_model_via_load_weights": True,
             "pjwt_auth_enabled": mine.service.settings.jwt_auth,
+            "sample_join_sampling_session": True,
+            "sample_use_retrieve_futures": mine.service.settings.poll_by_sampler,
             "session_seconds": mine.service.settings.session_seconds,
         }
     )
@@ -53,7 +55,7 @@ async def client_config(mine: Mine) -> Response:
 
 @router.post("/client/dynamic_config")
 async def client_dynamic_config(mine: Mine) -> Response:
-    return reply({})
+    return reply({"sample_cancel_enabled": True})
 
 
 class CreateSession(Body):

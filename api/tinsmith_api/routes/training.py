@@ -42,6 +42,8 @@ Json = dict[str, Any]
 # as missing in the end.
 _MAX_AHEAD = 10_000
 
+# No name that anybody may choose.
+_INFLIGHT = "~inflight"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@ -]{0,254}")
 
 SeqId = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -229,24 +231,29 @@ class SaveWeightsForSampler(SaveWeights):
 
 @router.post("/save_weights_for_sampler", openapi_extra=takes(SaveWeightsForSampler))
 async def save_weights_for_sampler(mine: MineToChange, request: Request) -> Response:
-    """Named: a checkpoint to sample from later. Unnamed: a sampling session on these weights, at once."""
+    """Named: a checkpoint to sample from later. Unnamed: a sampling session on these weights, at once; of
+    kind inflight, on these or what its run saves so later."""
     raw = await read_body(request, mine.service.settings.max_body_bytes)
     body = await _parse_call(mine, SaveWeightsForSampler, raw)
     run = await mine.run(body.model_id)
     kind = ops.SAVE_WEIGHTS_FOR_SAMPLER
-    if body.kind == "inflight":
-        error = InvalidInput("kind 'inflight' is not supported here: use 'snapshot'")
-        return reply(await _refuse(mine, run, body.seq_id, kind, error))
     if body.path is not None:
+        if body.kind == "inflight":
+            error = InvalidInput("kind 'inflight' has no path: its weights are replaced by the next ones")
+            return reply(await _refuse(mine, run, body.seq_id, kind, error))
         return reply(await _save(mine, kind, "sampler_weights", body, body.path))
     if body.sampling_session_seq_id is None:
         error = InvalidInput("save_weights_for_sampler needs a path or a sampling_session_seq_id")
         return reply(await _refuse(mine, run, body.seq_id, kind, error))
-    extra = {
+    extra: Json = {
         "sampling_session_id": f"{run.session_id}:sample:{body.sampling_session_seq_id}",
         "session_id": run.session_id,
     }
-    return reply(await _save(mine, kind, "sampler_weights", body, f"unnamed-{body.seq_id:06d}", extra))
+    name = f"unnamed-{body.seq_id:06d}"
+    if body.kind == "inflight":
+        # All such samplers of the run have what was saved last: one checkpoint, written over and over.
+        name, extra["follows"], body.overwrite = _INFLIGHT, True, True
+    return reply(await _save(mine, kind, "sampler_weights", body, name, extra))
 
 
 class SaveWeightsExternal(SaveWeights):
@@ -457,7 +464,7 @@ async def _save(
     extra: Json | None = None,
 ) -> Json:
     run = await mine.run(body.model_id)
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) and not (extra or {}).get("follows"):
         error = InvalidInput(
             f"{name!r} cannot name a checkpoint: use at most 255 letters, digits and "
             ". _ - = + @, a letter or digit first, no slash"

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,37 @@ def test_samples_of_a_dead_worker_go_to_a_living_one(store: Store, run: str) -> 
     entered = store.write(lambda c: ops.submit(c, sample)).result()[0]
     ready_worker(store, "w2")
     assert beat(store, "w2").queued == {entered.request_id: 0}
+
+
+def test_after_two_deaths_only_the_sample_that_was_tried_is_counted(store: Store, run: str) -> None:  # noqa: F811
+    tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
+    entered = []
+    ready_worker(store, "w2")
+    for number in range(2):
+        sample = Operation("x:sample:0", number, ops.SAMPLE, tenant, "m", payload=b"", worker_id="w2")
+        entered.append(store.write(lambda c, s=sample: ops.submit(c, s)).result()[0])
+    names = [sample.request_id for sample in entered]
+
+    def deaths() -> list[int]:
+        found = {s.request_id: s for s in store.read(lambda c: ops.look_up(c, names)).result()}
+        return [found[name].deaths for name in names]
+
+    def tried(worker: str) -> bool:
+        sample = replace(entered[0], worker_id=worker)
+        return store.write(lambda c: ops.suspect_sample(c, sample)).result()
+
+    for number, expected in ((2, [1, 1]), (3, [2, 2]), (4, [3, 2])):
+        if number == 4:
+            assert tried("w4")
+            assert not tried("w2"), "it is not there any more"
+        store.write(lambda c, n=number: leases.stop_worker(c, f"w{n}", died=True)).result()
+        ready_worker(store, f"w{number + 1}")
+        beat(store, f"w{number + 1}")
+        assert deaths() == expected
+    store.write(lambda c: leases.stop_worker(c, "w5")).result()
+    ready_worker(store, "w6")
+    beat(store, "w6")
+    assert deaths() == [3, 2], "it left in peace"
 
 
 def test_a_released_run_is_placed_anew_unless_something_waits(store: Store, run: str) -> None:  # noqa: F811

@@ -74,6 +74,8 @@ class Ends:
         self.sampling: set[str] = set()
         self.asked: list[str] = []
         self.finished: list[str] = []
+        self.suspected: list[str] = []
+        self.busy_with: Callable[[], bool] = lambda: False
         self.failed: dict[str, str] = {}
 
     def read_weights(self, object_prefix: str) -> None:
@@ -85,17 +87,28 @@ class Ends:
     def failure(self, operation: Operation, failure: Failure) -> None:
         self.failed[operation.request_id] = failure.message
 
+    def announce(self, operation: Operation) -> None: ...
+
+    def suspect(self, operation: Operation) -> bool:
+        assert not self.busy_with(), "it is tried alone"
+        self.suspected.append(operation.request_id)
+        return operation.request_id != "moved"
+
 
 def sampling(**settings: Any) -> tuple[Sampling, Growing, Ends]:
     sampler, ends = Growing(), Ends()
-    made = Sampling(sampler, cast(Intake, ends), cast(Outbox, ends), **{"samplers_held": 2, **settings})
+    ends.busy_with = lambda: sampler.busy
+    settings = {"suspect": ends.suspect, "samplers_held": 2, **settings}
+    made = Sampling(sampler, cast(Intake, ends), cast(Outbox, ends), **settings)
     return made, sampler, ends
 
 
-def arrived(request_id: str, tenant: str, *, prefix: str = "", num_samples: int = 1) -> SampleArrived:
+def arrived(
+    request_id: str, tenant: str, *, prefix: str = "", num_samples: int = 1, deaths: int = 0
+) -> SampleArrived:
     task = pb.SampleTask(object_prefix=prefix, num_samples=num_samples)
     given = SampleInput(request_id, prefix, np.zeros(1, np.int32), num_samples, TOKENS, 1)
-    operation = Operation("s", 1, ops.SAMPLE, tenant, "m", request_id=request_id)
+    operation = Operation("s", 1, ops.SAMPLE, tenant, "m", request_id=request_id, deaths=deaths)
     return SampleArrived(operation, task, given)
 
 
@@ -160,3 +173,26 @@ def test_a_request_larger_than_all_places_is_let_in_alone() -> None:
     while made.busy:
         step(made)
     assert sorted(ends.finished) == ["large", "next", "small"]
+
+
+def test_a_request_whose_workers_died_is_tried_alone_and_on_record_and_given_up_at_the_fourth_death() -> None:
+    made, sampler, ends = sampling()
+    made.begin(arrived("before", "t"))
+    made.begin(arrived("deadly", "t", deaths=4))
+    made.begin(arrived("suspect", "t", deaths=2, num_samples=3))
+    made.begin(arrived("moved", "t", deaths=3))
+    made.begin(arrived("cancelled", "t", deaths=2))
+    made.begin(arrived("after", "t"))
+    made.cancel("cancelled")
+    assert "4 worker processes ended" in ends.failed["deadly"]
+    assert not ends.suspected, "somebody else is under way"
+    while "before" not in ends.finished:
+        step(made)
+    # The step that ended it went on: no pass of training comes in between.
+    assert ends.finished == ["before", "suspect"]
+    assert [g.request_id for g in sampler.waiting] == ["after"]
+    while made.busy:
+        step(made)
+    assert ends.suspected == ["suspect", "moved"]
+    assert ends.finished == ["before", "suspect", "after"]
+    assert not made._sequences

@@ -16,7 +16,7 @@ from tinsmith_api.journal import audit, checkpoints, usage
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.tables import sampled_sequences
-from tinsmith_worker.contract import SampledSequence, SampleOutput
+from tinsmith_worker.contract import Failure, SampledSequence, SampleOutput
 from tinsmith_worker.targets import answered
 
 Json = dict[str, Any]
@@ -24,6 +24,15 @@ Json = dict[str, Any]
 
 def json_body(value: Json) -> bytes:
     return json.dumps(value).encode()
+
+
+def deadly(deaths: int) -> Failure:
+    """What a call is told that was tried alone, more than once, and each time the worker ended."""
+    return Failure(
+        f"given up: {deaths} worker processes ended one after the other, the last ones while they executed "
+        "this call alone. It may need more memory than there is: ask for less at once",
+        "server",
+    )
 
 
 def optim_step(metrics: dict[str, float]) -> bytes:

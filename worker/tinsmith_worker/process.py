@@ -52,8 +52,6 @@ from tinsmith_worker.slots import Slots
 
 log = logging.getLogger("tinsmith.worker")
 
-# So many workers in a row died holding a run: the call they tried alone is given up.
-_LAST_DEATHS = 4
 _GROUPS = {ops.FORWARD: FORWARD, ops.FORWARD_BACKWARD: FORWARD_BACKWARD}
 
 
@@ -151,7 +149,13 @@ class Worker:
             on_lost=lambda run_id, epoch: self.inbox.put(LeaseGone(run_id, epoch)),
             on_room=lambda: self.inbox.put(Room()),
         )
-        self.sampling = Sampling(sampler, self.intake, self.outbox, samplers_held=settings.samplers_held)
+        self.sampling = Sampling(
+            sampler,
+            self.intake,
+            self.outbox,
+            suspect=lambda sample: journal.write(lambda c: ops.suspect_sample(c, sample)).result(),
+            samplers_held=settings.samplers_held,
+        )
 
     def run(self) -> None:
         """Serve until told to drain or until whoever started this process is gone."""
@@ -286,19 +290,14 @@ class Worker:
         if broken:
             everything = [*(p.operation for p in event.operations), *held.waiting.values()]
             self._fail_all(held, everything, Failure(broken, "server"))
-        elif lease.deaths >= _LAST_DEATHS:
+        elif lease.deaths >= leases.LAST_DEATHS:
             self._fail_deadly(held)
 
     def _fail_deadly(self, held: Held) -> None:
         """The call at the head was tried alone, more than once, and each time the worker ended."""
         known = [*(p.operation for p in held.prepared.values()), *held.waiting.values()]
         queued = sorted((o for o in known if o.state == ops.QUEUED), key=lambda o: o.seq_id)
-        failure = Failure(
-            f"given up: {held.lease.deaths} worker processes ended one after the other, the last ones while "
-            "they executed this call alone. It may need more memory than there is: send less at once",
-            "server",
-        )
-        self._fail_all(held, queued[:1], failure)
+        self._fail_all(held, queued[:1], answers.deadly(held.lease.deaths))
         held.is_suspect = False
 
     def _fail_all(self, held: Held, operations: Sequence[Operation], failure: Failure) -> None:

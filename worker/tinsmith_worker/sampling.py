@@ -2,14 +2,20 @@
 
 Tenants share the sampler by sequences: a place that becomes free goes to the tenant that has fewest, so a
 flood of one's requests stands in its own line and in nobody else's.
+
+A request that was under way when workers died, more than once, is a suspect: it is executed alone, no
+training beside it, and the journal says so before. If it is survived, it was innocent.
 """
 
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from tinsmith.errors import InvalidInput
+from tinsmith_api.journal import leases
+from tinsmith_api.journal.operations import Operation
 from tinsmith_worker import answers
 from tinsmith_worker.contract import Failure, SampleOutput, Sampler
 from tinsmith_worker.intake import Intake, SampleArrived, WeightsRead
@@ -23,16 +29,28 @@ _SEQUENCES = 256
 
 
 class Sampling:
-    """`samplers_held`: how many samplers' weights are kept when nothing samples them."""
+    """`samplers_held`: how many samplers' weights are kept when nothing samples them. `suspect`: leave word
+    in the journal that this sample is tried now; False if it is no longer ours to try."""
 
-    def __init__(self, sampler: Sampler, intake: Intake, outbox: Outbox, *, samplers_held: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        intake: Intake,
+        outbox: Outbox,
+        *,
+        suspect: Callable[[Operation], bool],
+        samplers_held: int,
+    ) -> None:
         self._sampler = sampler
         self._intake = intake
         self._outbox = outbox
+        self._suspect = suspect
         self._samplers_held = samplers_held
         self._samplers: dict[str, None] = {}  # least recently used first
         self._under_way: dict[str, SampleArrived] = {}
         self._waiting: dict[str, deque[str]] = {}  # tenant -> its requests that have no place yet
+        self._suspects: deque[str] = deque()  # requests that are to be executed alone
+        self._tried: str | None = None  # the one of them that is
         self._placed: dict[str, str] = {}  # request -> the sampler it uses
         self._sequences: Counter[str] = Counter()  # of each tenant's requests that have a place
         self._reading: dict[str, list[str]] = {}  # sampler whose weights are being read -> who waits for them
@@ -46,8 +64,12 @@ class Sampling:
         self._under_way[request_id] = event
         if event.failure is not None or event.given is None:
             self._fail(request_id, event.failure or Failure("the request could not be read", "server"))
-            return
-        self._waiting.setdefault(event.operation.tenant_id, deque()).append(request_id)
+        elif event.operation.deaths >= leases.LAST_DEATHS:
+            self._fail(request_id, answers.deadly(event.operation.deaths))
+        elif event.operation.deaths >= leases.SUSPECT_DEATHS:
+            self._suspects.append(request_id)
+        else:
+            self._waiting.setdefault(event.operation.tenant_id, deque()).append(request_id)
         self._fill()
 
     def cancel(self, request_id: str) -> None:
@@ -56,7 +78,9 @@ class Sampling:
         if event is None:
             return
         waiting = self._waiting.get(event.operation.tenant_id, deque())
-        if request_id in waiting:
+        if request_id in self._suspects:
+            self._suspects.remove(request_id)
+        elif request_id in waiting:
             waiting.remove(request_id)
             if not waiting:
                 del self._waiting[event.operation.tenant_id]
@@ -99,12 +123,16 @@ class Sampling:
                     self._sampler.cancel(request_id)
                     self._fail(request_id, Failure(f"sampling failed: {error}", "server"))
             self._fill()
-            if time.monotonic() >= until:
+            if time.monotonic() >= until and self._tried is None:
                 return
 
     def _fill(self) -> None:
-        """Give the places that are free to those that have fewest. One request is always let in."""
-        while self._waiting:
+        """Give the places that are free to those that have fewest. One request is always let in; a suspect
+        when all places are free, and nobody else until it was survived."""
+        while self._suspects and not self._placed:
+            self._tried = self._suspects.popleft()
+            self._place(self._tried)
+        while self._waiting and not self._suspects and self._tried is None:
             tenant_id = min(self._waiting, key=lambda t: self._sequences[t])
             request_id = self._waiting[tenant_id][0]
             given = self._under_way[request_id].given
@@ -115,11 +143,13 @@ class Sampling:
             self._waiting[tenant_id].popleft()
             if not self._waiting[tenant_id]:
                 del self._waiting[tenant_id]
-            self._sequences[tenant_id] += given.num_samples
             self._place(request_id)
 
     def _place(self, request_id: str) -> None:
-        prefix = self._under_way[request_id].task.object_prefix
+        event = self._under_way[request_id]
+        assert event.given is not None
+        self._sequences[event.operation.tenant_id] += event.given.num_samples
+        prefix = event.task.object_prefix
         self._placed[request_id] = prefix
         if not prefix or self._sampler.holds(prefix):
             self._add(request_id)
@@ -137,6 +167,9 @@ class Sampling:
         try:
             if prefix := event.task.object_prefix:
                 self._keep(prefix)
+            if request_id == self._tried and not self._suspect(event.operation):
+                self._take(request_id)  # another worker has it
+                return
             self._sampler.add(event.given)
         except InvalidInput as error:
             self._fail(request_id, Failure(str(error)))
@@ -172,6 +205,8 @@ class Sampling:
     def _take(self, request_id: str) -> SampleArrived | None:
         """None if it was answered already."""
         self._intake.sampling.discard(request_id)
+        if request_id == self._tried:
+            self._tried = None
         event = self._under_way.pop(request_id, None)
         if event and event.given and self._placed.pop(request_id, None) is not None:
             tenant_id = event.operation.tenant_id

@@ -19,7 +19,10 @@ from tinsmith_api.journal.tables import operations, runs, tenants, workers
 Json = dict[str, Any]
 
 SUSPECT_DEATHS = 2
-"""So many deaths in a row, and the run's operations are executed one by one, alone."""
+"""So many deaths in a row, and the run's operations, or the sample, are executed one by one, alone."""
+
+LAST_DEATHS = 4
+"""So many, and the call that was tried alone is given up."""
 
 # Loading a large base may hold a process up for longer than a lease; it has no runs to lose by then.
 _LOADING_LEASES = 20.0
@@ -203,6 +206,9 @@ def _loads(connection: sa.Connection, base_model: str) -> list[tuple[int, str]]:
 # Whoever held a run when its worker died is counted; from the second death on only the one that was tried.
 _COUNTS = sa.case((sa.or_(runs.c.deaths < SUSPECT_DEATHS, runs.c.is_suspect), 1), else_=0)
 
+_DEATHS = sa.func.coalesce(operations.c.deaths, 0)
+_SAMPLE_COUNTS = sa.case((sa.or_(_DEATHS < SUSPECT_DEATHS, operations.c.is_suspect), 1), else_=0)
+
 
 def _move(connection: sa.Connection, run_id: str, from_worker: str | None, to: str, *, died: bool) -> None:
     """Unless somebody else moved it since it was read."""
@@ -236,7 +242,7 @@ def _place_runs(connection: sa.Connection, base_model: str) -> None:
 
 def _place_samples(connection: sa.Connection, base_model: str) -> None:
     orphans = connection.execute(
-        sa.select(operations.c.request_id)
+        sa.select(operations.c.request_id, operations.c.worker_id, workers.c.died)
         .join_from(operations, workers, operations.c.worker_id == workers.c.id, isouter=True)
         .where(
             operations.c.base_model == base_model,
@@ -248,11 +254,16 @@ def _place_samples(connection: sa.Connection, base_model: str) -> None:
     ).all()
     if not orphans or not (loads := _loads(connection, base_model)):
         return
-    for number, (request_id,) in enumerate(orphans):
+    for number, row in enumerate(orphans):
+        counts = _SAMPLE_COUNTS if row.died else 0
         connection.execute(
             sa.update(operations)
-            .where(operations.c.request_id == request_id)
-            .values(worker_id=loads[number % len(loads)][1])
+            # Unless somebody else moved it since it was read.
+            .where(
+                operations.c.request_id == row.request_id,
+                operations.c.worker_id.is_not_distinct_from(row.worker_id),
+            )
+            .values(worker_id=loads[number % len(loads)][1], deaths=_DEATHS + counts)
         )
 
 

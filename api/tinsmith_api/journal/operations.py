@@ -65,6 +65,7 @@ class Operation:
     worker_id: str | None = None  # of an operation that belongs to no run
     key_id: int | None = None  # of who submitted it
     started_at: float | None = None
+    deaths: int = 0  # of a sample: how many workers died that were to execute it
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ _NEXT_COMPLETION = (
     .returning(sampling_sessions.c.completions)
 )
 # The other columns are written when it was executed, and when its result was fetched.
-_LATER = ("finished_at", "started_at", "retrieved_at", "metrics", "completion")
+_LATER = ("finished_at", "started_at", "retrieved_at", "metrics", "completion", "deaths", "is_suspect")
 _SUBMITTED = [c.name for c in operations.c if c.name not in _LATER]
 _NOTE_RETRIEVED = (
     sa.update(operations)
@@ -389,6 +390,17 @@ def find(connection: sa.Connection, request_id: str, tenant_id: str) -> Operatio
     return None if row is None else _operation(row)
 
 
+def suspect_sample(connection: sa.Connection, sample: Operation) -> bool:
+    """It is executed now, alone: if the worker dies, it is to blame. False if it is not this worker's to
+    execute any more."""
+    statement = sa.update(operations).where(
+        operations.c.request_id == sample.request_id,
+        operations.c.worker_id == sample.worker_id,
+        operations.c.state == QUEUED,
+    )
+    return connection.execute(statement.values(is_suspect=True)).rowcount > 0
+
+
 def cancel(connection: sa.Connection, sample: Operation) -> bool:
     """Fail a sample that nobody waits for any more; False if it had its outcome before."""
     return finish(
@@ -515,4 +527,5 @@ def _operation(row: sa.Row[Any]) -> Operation:
         submitted_at=row.submitted_at,
         worker_id=row.worker_id,
         key_id=row.key_id,
+        deaths=row.deaths or 0,
     )

@@ -145,6 +145,9 @@ operations = sa.Table(
     sa.Column("retrieved_at", sa.Float),
     # What its result said of the training: the body is forgotten after a day, the curve is not.
     sa.Column("metrics", sa.JSON(none_as_null=True)),
+    # Of a sample: how many workers died that were to execute it, and whether the next death counts as well.
+    sa.Column("deaths", sa.Integer),
+    sa.Column("is_suspect", sa.Boolean),
     # Of a sample: it was the so-manieth of its sampling session to be finished.
     sa.Column("completion", sa.BigInteger),
     sa.UniqueConstraint("subject", "seq_id"),

@@ -63,29 +63,36 @@ def unpack(body: bytes) -> ForwardBackwardOutput:
     )
 
 
+# Means over the trained tokens of a chunk, of which it says how many they are.
+_OVER_TRAINED_TOKENS = ("kl_sampling:mean",)
+_TRAINED_TOKENS = "trained_tokens:sum"
+
+
 def merge(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
     """One answer from those of a call's chunks.
 
-    A metric `name:reduction` is reduced over chunks as its name says, means weighted by datums.
+    A metric `name:reduction` is reduced over chunks as its name says: means weighted by datums, those over
+    trained tokens by these. One that a chunk lacks is left out, unless it had no token to measure it on.
     """
     if len(outputs) == 1:
         return outputs[0]
-    weights = [len(output.loss_fn_outputs) for output in outputs]
-    shared = [name for name in outputs[0].metrics if all(name in output.metrics for output in outputs)]
     metrics: dict[str, float] = {}
-    for name in shared:
-        values = [output.metrics[name] for output in outputs]
+    for name in dict.fromkeys(name for output in outputs for name in output.metrics):
+        told = [output for output in outputs if name in output.metrics]
+        if any(o.metrics.get(_TRAINED_TOKENS) != 0 for o in outputs if name not in o.metrics):
+            continue
+        values = [output.metrics[name] for output in told]
         match name.rpartition(":")[2]:
             case "sum":
                 metrics[name] = float(np.sum(values))
             case "mean":
-                metrics[name] = float(np.average(values, weights=weights))
+                metrics[name] = float(np.average(values, weights=_weights(name, told)))
             case "min":
                 metrics[name] = min(values)
             case "max":
                 metrics[name] = max(values)
             case "slack":  # how far the largest is above the mean
-                metrics[name] = max(values) - float(np.average(values, weights=weights))
+                metrics[name] = max(values) - float(np.average(values, weights=_weights(name, told)))
             case "hash2":
                 metrics[name] = float(sum(int(value) % 2**64 for value in values) % 2**64)
             case "unique":
@@ -96,6 +103,13 @@ def merge(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
         loss_fn_outputs=[one for output in outputs for one in output.loss_fn_outputs],
         metrics=metrics,
     )
+
+
+def _weights(name: str, outputs: Sequence[ForwardBackwardOutput]) -> list[float]:
+    """How much each chunk counts in a mean. A service that is no Tinsmith may not tell its tokens."""
+    if name in _OVER_TRAINED_TOKENS and all(_TRAINED_TOKENS in output.metrics for output in outputs):
+        return [output.metrics[_TRAINED_TOKENS] for output in outputs]
+    return [float(len(output.loss_fn_outputs)) for output in outputs]
 
 
 def json_prompt(prompt: ModelInput) -> dict[str, Any]:

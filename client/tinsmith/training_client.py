@@ -1,8 +1,10 @@
 """A run: one adapter being trained, through the primitive calls."""
 
 import itertools
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinsmith import custom_loss, runs
-from tinsmith.connection import PROTOBUF, Sent, given, read_json
+from tinsmith.connection import JSON, PROTOBUF, Sent, given, read_json
 from tinsmith.custom_loss import CustomLoss, LossHandle
 from tinsmith.errors import InvalidInput, ServiceUnavailable
 from tinsmith.future import ClientFuture, Future, awaited, left, submitted
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 _PROTOBUF_BODY = {"Content-Type": PROTOBUF}
+_JSON_BODY = {"Content-Type": JSON}
 # What `fork` saves on its way lives so long.
 _PASSING_SECONDS = 86400
 
@@ -90,8 +93,11 @@ class TrainingClient:
     ) -> Future[ForwardBackwardOutput]:
         """Losses and logprobs; the accumulated gradient stays as it is."""
         sent = []
-        for body in self._bodies(data, loss_fn, loss_fn_config, forward_only=True):
-            sent += [self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)]
+        for request in self._pack(data, loss_fn, loss_fn_config, forward_only=True):
+            with self._numbered(request) as body:
+                sent += [
+                    self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)
+                ]
         return self._output(sent)
 
     def forward_backward(
@@ -99,8 +105,11 @@ class TrainingClient:
     ) -> Future[ForwardBackwardOutput]:
         """Losses and logprobs; adds the gradient of the summed loss to the accumulated one."""
         sent = []
-        for body in self._bodies(data, loss_fn, loss_fn_config):
-            sent += [self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)]
+        for request in self._pack(data, loss_fn, loss_fn_config):
+            with self._numbered(request) as body:
+                sent += [
+                    self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)
+                ]
         return self._output(sent)
 
     def forward_backward_custom(
@@ -124,29 +133,34 @@ class TrainingClient:
             [custom_loss.for_logprobs(datum) for datum in data], "cross_entropy", None, True
         )
         # Taken now: calls made later come after both passes, whatever the loss does meanwhile.
-        forward = [self._number(request) for request in requests]
+        forward = list(itertools.islice(self._seq_ids, len(requests)))
         backward = list(itertools.islice(self._seq_ids, len(requests)))
-        counts = [len(request.data) for request in requests]
+        unsent = {*forward, *backward}
+
+        def send(request: pb.ForwardBackwardRequest, seq_id: int) -> Sent:
+            sent = self._send_pass(request, seq_id)
+            unsent.discard(seq_id)
+            return sent
 
         def run() -> tuple[Future[ForwardBackwardOutput], float, dict[str, float]]:
             try:
-                seen = self._output([self._send_pass(body) for body in forward]).result()
+                seen = self._output(list(map(send, requests, forward))).result()
                 logprobs = [output["logprobs"].to_numpy() for output in seen.loss_fn_outputs]
                 differentiate = (
                     custom_loss.differentiate_torch if arrays == "torch" else custom_loss.differentiate_numpy
                 )
                 loss, gradients, metrics = differentiate(loss_fn, data, logprobs)
                 surrogate = iter(map(custom_loss.for_gradient, data, gradients))
-                bodies = [
-                    self._number(pack(list(itertools.islice(surrogate, count)), "cross_entropy")[0], seq_id)
-                    for seq_id, count in zip(backward, counts, strict=True)
+                chunks = [
+                    pack(list(itertools.islice(surrogate, len(request.data))), "cross_entropy")[0]
+                    for request in requests
                 ]
+                return self._output(list(map(send, chunks, backward))), loss, metrics
             except ServiceUnavailable:
                 raise  # asked again, the calls go on under their numbers
             except BaseException:
-                self._skip(backward)
+                self._skip(unsent)
                 raise
-            return self._output([self._send_pass(body) for body in bodies]), loss, metrics
 
         passed = self._connection.promised(run)
 
@@ -180,7 +194,8 @@ class TrainingClient:
         optimizer. `adam_params` is the older name of `optim_params`."""
         params = optim_params or adam_params or AdamParams()
         field = "adam_params" if isinstance(params, AdamParams) else "optimizer_params"
-        sent = self._connection.send("POST", "optim_step", json=self._named({field: asdict(params)}))
+        with self._named({field: asdict(params)}) as body:
+            sent = self._connection.send("POST", "optim_step", content=body, headers=_JSON_BODY)
         return self._promise(sent, lambda answer: OptimStepResponse(answer.get("metrics")))
 
     def save_state(
@@ -197,13 +212,15 @@ class TrainingClient:
             "overwrite": overwrite,
             "user_metadata": user_metadata,
         }
-        sent = self._connection.send("POST", "save_weights", json=self._named(fields))
+        with self._named(fields) as body:
+            sent = self._connection.send("POST", "save_weights", content=body, headers=_JSON_BODY)
         return self._promise(sent, lambda answer: SaveWeightsResponse(answer["path"]))
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> Future[LoadWeightsResponse]:
         """Take over a checkpoint's weights; the optimizer starts anew."""
         fields = {"path": path, "optimizer": False, "weights_access_token": weights_access_token}
-        sent = self._connection.send("POST", "load_weights", json=self._named(fields))
+        with self._named(fields) as body:
+            sent = self._connection.send("POST", "load_weights", content=body, headers=_JSON_BODY)
         return self._promise(sent, lambda answer: LoadWeightsResponse(answer.get("path"), self.model_id))
 
     def load_state_with_optimizer(
@@ -211,7 +228,8 @@ class TrainingClient:
     ) -> Future[LoadWeightsResponse]:
         """Go on exactly where the checkpoint left off."""
         fields = {"path": path, "optimizer": True, "weights_access_token": weights_access_token}
-        sent = self._connection.send("POST", "load_weights", json=self._named(fields))
+        with self._named(fields) as body:
+            sent = self._connection.send("POST", "load_weights", content=body, headers=_JSON_BODY)
         return self._promise(sent, lambda answer: LoadWeightsResponse(answer.get("path"), self.model_id))
 
     def save_weights_for_sampler(
@@ -224,7 +242,8 @@ class TrainingClient:
             "ttl_seconds": ttl_seconds,
             "user_metadata": user_metadata,
         }
-        sent = self._connection.send("POST", "save_weights_for_sampler", json=self._named(fields))
+        with self._named(fields) as body:
+            sent = self._connection.send("POST", "save_weights_for_sampler", content=body, headers=_JSON_BODY)
         return self._promise(sent, lambda answer: SaveWeightsForSamplerResponse(answer["path"]))
 
     def save_weights_external(
@@ -240,7 +259,8 @@ class TrainingClient:
             "ttl_seconds": ttl_seconds,
             "age_encryption_recipients": age_encryption_recipients,
         }
-        sent = self._connection.send("POST", "save_weights_external", json=self._named(fields))
+        with self._named(fields) as body:
+            sent = self._connection.send("POST", "save_weights_external", content=body, headers=_JSON_BODY)
         return self._promise(
             sent,
             lambda answer: SaveWeightsExternalResponse(answer["path"], size_bytes=answer.get("size_bytes")),
@@ -256,7 +276,8 @@ class TrainingClient:
         """A sampler of the weights as they are after the calls made so far; training on leaves it alone.
         `name` and `retry_config` are the official SDK's and change nothing, there as here."""
         fields = {"kind": kind, "sampling_session_seq_id": next(self._session.samplers)}
-        sent = self._connection.send("POST", "save_weights_for_sampler", json=self._named(fields))
+        with self._named(fields) as body:
+            sent = self._connection.send("POST", "save_weights_for_sampler", content=body, headers=_JSON_BODY)
 
         def fetch(until: float | None) -> SamplingClient:
             sampler_id = read_json(self._connection.result(sent, until=until))["sampling_session_id"]
@@ -334,15 +355,38 @@ class TrainingClient:
     save_weights_and_get_sampling_client_async = awaited(save_weights_and_get_sampling_client)
     create_sampling_client_async = awaited(create_sampling_client)
 
-    def _named(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {"model_id": self.model_id, "seq_id": next(self._seq_ids), **given(fields)}
+    @contextmanager
+    def _numbered(self, request: pb.ForwardBackwardRequest) -> Iterator[bytes]:
+        """The body of the run's next call, to be sent inside. Where it is not, because Ctrl-C ended the wait
+        for a service that was away, its number is used up."""
+        seq_id = next(self._seq_ids)
+        try:
+            yield self._body(request, seq_id)
+        except BaseException:
+            self._skip([seq_id])
+            raise
+
+    @contextmanager
+    def _named(self, fields: Mapping[str, Any]) -> Iterator[bytes]:
+        """As `_numbered`, of a call that is JSON."""
+        seq_id = next(self._seq_ids)
+        named = {"model_id": self.model_id, "seq_id": seq_id, **given(fields)}
+        try:
+            try:
+                body = json.dumps(named, allow_nan=False).encode()
+            except (TypeError, ValueError) as error:  # NaN, or what JSON has no form for
+                raise InvalidInput(f"{given(fields)} cannot be sent: {error}") from None
+            yield body
+        except BaseException:
+            self._skip([seq_id])
+            raise
 
     def _pack(
         self,
         data: Sequence[Datum],
         loss_fn: str,
         loss_fn_config: Mapping[str, float | str] | None,
-        forward_only: bool,
+        forward_only: bool = False,
     ) -> list[pb.ForwardBackwardRequest]:
         config = self._connection.config
         return pack(
@@ -354,21 +398,15 @@ class TrainingClient:
             max_bytes=config.get("fwdbwd_max_chunk_bytes_count", MAX_BYTES),
         )
 
-    def _number(self, request: pb.ForwardBackwardRequest, seq_id: int | None = None) -> bytes:
-        request.model_id, request.seq_id = self.model_id, next(self._seq_ids) if seq_id is None else seq_id
+    def _body(self, request: pb.ForwardBackwardRequest, seq_id: int) -> bytes:
+        request.model_id, request.seq_id = self.model_id, seq_id
         return request.SerializeToString()
 
-    def _bodies(
-        self,
-        data: Sequence[Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, float | str] | None,
-        forward_only: bool = False,
-    ) -> Iterator[bytes]:
-        return map(self._number, self._pack(data, loss_fn, loss_fn_config, forward_only))
-
-    def _send_pass(self, body: bytes) -> Sent:
-        return self._connection.send("POST", "forward_backward", content=body, headers=_PROTOBUF_BODY)
+    def _send_pass(self, request: pb.ForwardBackwardRequest, seq_id: int, aside: bool | None = None) -> Sent:
+        body = self._body(request, seq_id)
+        return self._connection.send(
+            "POST", "forward_backward", content=body, headers=_PROTOBUF_BODY, aside=aside
+        )
 
     def _output(self, sent: Sequence[Sent]) -> Future[ForwardBackwardOutput]:
         def fetch(until: float | None) -> ForwardBackwardOutput:
@@ -382,12 +420,13 @@ class TrainingClient:
             self._connection.waiters,
         )
 
-    def _skip(self, seq_ids: Sequence[int]) -> None:
-        """Use numbers up that were taken: the service waits for every one. A forward pass changes nothing."""
+    def _skip(self, seq_ids: Iterable[int]) -> None:
+        """Use numbers up that were taken: the service waits for every one. A forward pass changes nothing,
+        and one whose number arrived with its call is taken for a repetition of that. Nobody waits for it."""
         nothing = Datum(ModelInput.from_ints([0]), {"target_tokens": [0], "weights": [0.0]})
         for seq_id in seq_ids:
             (request,) = pack([nothing], "cross_entropy", forward_only=True)
-            self._send_pass(self._number(request, seq_id))
+            self._send_pass(request, seq_id, aside=True)
 
 
 class TrainingClientFuture(ClientFuture[TrainingClient], TrainingClient):

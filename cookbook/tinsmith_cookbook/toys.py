@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,13 @@ def json_reply(a: int, b: int) -> str:
     return json.dumps({"sum": f"{a} + {b}", "answer": a + b})
 
 
-def json_alpaca(count: int, seed: int) -> list[dict[str, str]]:
-    """Questions a small model can answer, answered in a form it has never seen."""
-    return [
-        {"instruction": f"What is {a} + {b}?", "input": "", "output": json_reply(a, b)}
-        for a, b in sums(count, seed)
-    ]
+def json_alpaca(pairs: Iterable[tuple[int, int]]) -> list[dict[str, str]]:
+    """Questions a small model can answer, answered in a form it has never seen; one for each of `sums`."""
+    return [{"instruction": f"What is {a} + {b}?", "input": "", "output": json_reply(a, b)} for a, b in pairs]
 
 
-def json_sharegpt(count: int, seed: int) -> list[dict[str, Any]]:
-    """The same in conversations of two questions."""
-    pairs = list(sums(2 * count, seed))
+def json_sharegpt(pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The same in conversations of two questions, so of every two pairs one."""
     return [
         {
             "conversations": [
@@ -38,7 +34,7 @@ def json_sharegpt(count: int, seed: int) -> list[dict[str, Any]]:
                 for i, text in enumerate((f"What is {a} + {b}?", json_reply(a, b)))
             ]
         }
-        for row in range(count)
+        for row in range(len(pairs) // 2)
     ]
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import tinsmith
 from tests.client.stub import PROTOBUF, Answer, Request, Stub
 from tinsmith import messages
 from tinsmith.types import Datum, ModelInput
+from tinsmith.wire import datums
 from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.batch import TrainOutput
 from tinsmith.wire.samples import dense
 
 
@@ -48,6 +52,14 @@ def answer_every_pass(stub: Stub) -> None:
         return Answer(body={"request_id": request_id})
 
     stub.answers["forward_backward"] = promise
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """For what is sent and not waited for."""
+    until = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_pass_carries_its_data_bit_for_bit(stub: Stub, training: tinsmith.TrainingClient) -> None:
@@ -272,6 +284,36 @@ def test_metrics_of_chunks_are_reduced_as_their_names_say() -> None:
     assert len(merged.loss_fn_outputs) == 4
 
 
+def test_the_sampling_kl_of_chunks_is_that_of_the_same_call_in_one_piece() -> None:
+    """A mean over trained tokens, so it is weighted by these; a chunk without any has nothing to say."""
+    rng = np.random.default_rng(0)
+    lengths, trained = [9, 2, 5, 3], [9, 1, 0, 2]
+    data = []
+    for length, count in zip(lengths, trained, strict=True):
+        advantages = np.zeros(length, np.float32)
+        advantages[:count] = 1
+        tensors = {"logprobs": rng.normal(size=length).astype(np.float32), "advantages": advantages}
+        data.append(Datum(ModelInput.from_ints([1] * length), {"target_tokens": [1] * length, **tensors}))
+
+    def answer(chunk: list[Datum]) -> Any:
+        (request,) = messages.pack(chunk, "importance_sampling")
+        given = datums.read(request, vocab_size=9, max_context_length=99)
+        rows = given.tokens
+        found = TrainOutput(np.full((rows, 1), -1, np.float32), np.ones(rows, np.float32))
+        return messages.unpack(datums.write_output(given, found))
+
+    whole, merged = answer(data), messages.merge([answer(data[:2]), answer(data[2:3]), answer(data[3:])])
+    assert set(whole.metrics) == set(merged.metrics) == {*whole.metrics, "kl_sampling:mean", "ratio:max"}
+    assert merged.metrics == pytest.approx(whole.metrics)
+    # Weighted by datums, as before, it would be another number.
+    assert whole.metrics["kl_sampling:mean"] != pytest.approx(
+        np.average(
+            [answer(data[:2]).metrics["kl_sampling:mean"], answer(data[3:]).metrics["kl_sampling:mean"]],
+            weights=[2, 1],
+        )
+    )
+
+
 def test_results_keep_their_shape_and_bfloat16_is_widened() -> None:
     message = pb.ForwardBackwardOutput()
     field = message.loss_fn_outputs.add(num_datums=2).fields["logprobs"]
@@ -330,8 +372,58 @@ def test_a_custom_loss_that_fails_leaves_no_gap(stub: Stub, training: tinsmith.T
     with pytest.raises(ZeroDivisionError, match="mine"):
         training.forward_backward_custom([datum([1])], broken, arrays="numpy").result(10)
     training.optim_step().result(10)
+    wait_until(lambda: len(passes(stub)) == 2)
     assert [(p.seq_id, p.forward_only) for p in passes(stub)] == [(1, True), (2, True)]
     assert stub.of("optim_step")[0].json["seq_id"] == 3
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which would end pytest."""
+
+
+@pytest.mark.parametrize("call", ["forward_backward", "optim_step", "save_state", "custom"])
+def test_a_call_ended_by_ctrl_c_while_the_service_is_away_leaves_no_gap(
+    stub: Stub, training: tinsmith.TrainingClient, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    answer_every_pass(stub)
+    calls: dict[str, Callable[[], Any]] = {
+        "forward_backward": lambda: training.forward_backward([datum([1])], "cross_entropy"),
+        "optim_step": training.optim_step,
+        "save_state": lambda: training.save_state("x"),
+        "custom": lambda: training.forward_backward_custom(
+            [datum([1])], lambda _, logprobs: (0.0, logprobs, {}), arrays="numpy"
+        ),
+    }
+
+    def interrupt(_: float) -> None:
+        monkeypatch.setattr(training._connection, "_closed", closed)
+        raise Interrupted
+
+    closed = training._connection._closed
+    path = {"save_state": "save_weights", "custom": "forward_backward"}.get(call, call)
+    answer = stub.answers.get(path, stub.promise)
+    stub.answers[path] = lambda request: Answer(503)
+    monkeypatch.setattr(
+        training._connection, "_closed", types.SimpleNamespace(is_set=closed.is_set, wait=interrupt)
+    )
+    with pytest.raises(Interrupted):
+        calls[call]()
+    stub.answers[path] = answer
+    training.optim_step().result(10)
+    taken = {"custom": [1, 2]}.get(call, [1])
+    assert stub.of("optim_step")[-1].json["seq_id"] == taken[-1] + 1
+    wait_until(lambda: [p.seq_id for p in passes(stub) if p.forward_only][-len(taken) :] == taken)
+
+
+def test_what_json_has_no_form_for_is_refused_and_leaves_no_gap(
+    stub: Stub, training: tinsmith.TrainingClient
+) -> None:
+    answer_every_pass(stub)
+    with pytest.raises(tinsmith.InvalidInput, match="nan"):
+        training.optim_step(tinsmith.AdamParams(learning_rate=float("nan")))
+    training.optim_step().result(10)
+    assert [request.json["seq_id"] for request in stub.of("optim_step")] == [2]
+    wait_until(lambda: [p.seq_id for p in passes(stub)] == [1])
 
 
 @pytest.mark.parametrize("given", [[[1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
@@ -346,7 +438,7 @@ def test_a_custom_loss_gives_a_gradient_for_every_logprob(
     )
     with pytest.raises(tinsmith.InvalidInput, match="one gradient per datum"):
         custom.result(10)
-    assert [p.forward_only for p in passes(stub)] == [True, True]
+    wait_until(lambda: [p.forward_only for p in passes(stub)] == [True, True])
 
 
 def test_a_future_can_be_awaited_and_asked_twice(stub: Stub, training: tinsmith.TrainingClient) -> None:

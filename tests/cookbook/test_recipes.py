@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tinsmith_cookbook import answers, data
 from tinsmith_cookbook.recipes import dpo, export, hello, sft, sweep, tenants
 from tinsmith_cookbook.renderers import Renderer
 from tinsmith_cookbook.tracking import read
+from tinsmith_worker import tiny_base
 
 LN_2 = float(np.float32(math.log(2)))
 
@@ -75,6 +77,45 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
     found, wanted = (weights(in_environment, path) for path in last)
     assert set(wanted) == {"adapter_model.safetensors", "optimizer.safetensors"}
     assert found == wanted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_held_out_is_asked_nowhere_in_training(tmp_path: Path, seed: int) -> None:
+    settings = sft.parser().parse_args(["--out", str(tmp_path), "--seed", str(seed)])
+    split = data.split(sft.read(settings), settings.val_set_size, seed)
+    trained, held_out = (
+        {m["content"] for c in some for m in c.messages if m["role"] == "user"} for some in split
+    )
+    assert len(trained) + len(held_out) == 600
+    assert not trained & held_out
+
+
+def test_a_conversation_with_tools_is_asked_with_them() -> None:
+    """And its call is right if it is the one in the data."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = {name: (tiny_base.FOLDER / name).read_text() for name in names}
+    renderer = Renderer(tinsmith.Tokenizer(files))
+    call = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}]
+    asked = {"role": "user", "content": "What is 1 + 2?"}
+    with_tools = data.Conversation([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], tools)
+    without = data.Conversation([asked, {"role": "assistant", "content": "3"}])
+    # Answers what each was trained on, if it is asked as in training, and nothing else.
+    answers_of = {
+        tuple(renderer.prompt([asked], tools)): f"<tool_call>{json.dumps(call)}</tool_call><|im_end|>",
+        tuple(renderer.prompt([asked])): "3<|im_end|>",
+    }
+    assert len(answers_of) == 2
+
+    class Sampler:
+        def sample(self, prompt: Any, **_: Any) -> Any:
+            tokens = renderer.encode(answers_of[tuple(prompt.to_ints())])
+            response = SimpleNamespace(sequences=[SimpleNamespace(tokens=tokens)])
+            return SimpleNamespace(result=lambda: response)
+
+    saved = SimpleNamespace(result=Sampler)
+    training = SimpleNamespace(save_weights_and_get_sampling_client=lambda: saved)
+    assert sft.exact(training, renderer, [with_tools, without]) == 1.0
 
 
 def test_a_run_stops_when_the_held_out_loss_has_not_fallen_for_as_long_as_one_has_patience() -> None:

@@ -21,7 +21,7 @@ GOOD = {"learning_rate": 1e-3, "max_steps": 2, "datasets": [{"path": "rows.jsonl
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    toys.write(tmp_path / "rows.jsonl", toys.json_alpaca(12, 0))
+    toys.write(tmp_path / "rows.jsonl", toys.json_alpaca(toys.sums(12, 0)))
     return tmp_path
 
 
@@ -59,9 +59,10 @@ def test_the_form_that_a_file_names_is_the_one_that_is_read(folder: Path) -> Non
 
 
 def test_the_examples_data_is_what_the_generators_make() -> None:
+    pairs = list(toys.sums(240, 0))
     rows = {
-        "sums.alpaca.jsonl": toys.json_alpaca(160, 0),
-        "sums.sharegpt.jsonl": toys.json_sharegpt(40, 1),
+        "sums.alpaca.jsonl": toys.json_alpaca(pairs[:160]),
+        "sums.sharegpt.jsonl": toys.json_sharegpt(pairs[160:]),
         "brevity.jsonl": [
             {"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected}
             for p in toys.brevity(120, 0)

@@ -30,7 +30,7 @@ def train(
     training = client.create_lora_training_client(
         settings.base, rank=settings.rank, seed=settings.seed
     ).result()
-    file = toys.write(settings.out / "alpaca.jsonl", toys.json_alpaca(200, settings.seed))
+    file = toys.write(settings.out / "alpaca.jsonl", toys.json_alpaca(toys.sums(200, settings.seed)))
     examples = data.examples(data.read(file), Renderer.of(training))
 
     for step, batch in enumerate(Batches(examples, 16, settings.steps, settings.seed)):

@@ -85,10 +85,13 @@ def open_run(
 
 
 def read(settings: argparse.Namespace) -> list[Conversation]:
-    files = settings.data or [
-        toys.write(settings.out / "alpaca.jsonl", toys.json_alpaca(400, settings.seed)),
-        toys.write(settings.out / "sharegpt.jsonl", toys.json_sharegpt(100, settings.seed + 1)),
-    ]
+    files = settings.data
+    if not files:
+        pairs = list(toys.sums(600, settings.seed))  # all different: what is held out is asked nowhere else
+        files = [
+            toys.write(settings.out / "alpaca.jsonl", toys.json_alpaca(pairs[:400])),
+            toys.write(settings.out / "sharegpt.jsonl", toys.json_sharegpt(pairs[400:])),
+        ]
     return [conversation for file in files for conversation in data.read(*data.named(str(file)))]
 
 
@@ -102,7 +105,7 @@ def exact(training: tinker.TrainingClient, renderer: Renderer, held_out: Sequenc
     if not asked:
         return math.nan
     sampler = training.save_weights_and_get_sampling_client().result()
-    said = answers.greedy(sampler, renderer, [c.messages[:-1] for c in asked])
+    said = answers.greedy(sampler, renderer, [c.messages[:-1] for c in asked], tools=[c.tools for c in asked])
     return sum(s.message == c.messages[-1] for s, c in zip(said, asked, strict=True)) / len(asked)
 
 

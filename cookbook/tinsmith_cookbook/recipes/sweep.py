@@ -51,7 +51,9 @@ def train(
 
 
 def read(settings: argparse.Namespace) -> list[Conversation]:
-    file = settings.data or toys.write(settings.out / "alpaca.jsonl", toys.json_alpaca(ROWS, settings.seed))
+    file = settings.data or toys.write(
+        settings.out / "alpaca.jsonl", toys.json_alpaca(toys.sums(ROWS, settings.seed))
+    )
     return data.read(file)
 
 

@@ -42,7 +42,9 @@ def train(client: tinker.ServiceClient, settings: argparse.Namespace, tenant: in
     training = client.create_lora_training_client(
         settings.base, rank=rank, seed=settings.seed + tenant
     ).result()
-    file = toys.write(settings.out / f"tenant-{tenant}.jsonl", toys.json_alpaca(ROWS, settings.seed + tenant))
+    file = toys.write(
+        settings.out / f"tenant-{tenant}.jsonl", toys.json_alpaca(toys.sums(ROWS, settings.seed + tenant))
+    )
     examples = data.examples(data.read(file), Renderer.of(training))
     losses = []
     for step, batch in enumerate(Batches(examples, BATCH, settings.steps, settings.seed)):

@@ -71,7 +71,7 @@ bench-train: install
 
 # The control plane alone: a service with an engine that computes nothing.
 bench-control: install
-	.venv/bin/python tests/benchmarks/control.py $(ARGS)
+	.venv/bin/python -m tests.benchmarks.control $(ARGS)
 
 # Kill everything again and again while tenants train; minutes (ARGS="--points 100 --seed 1").
 chaos: install

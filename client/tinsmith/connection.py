@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import itertools
+import math
 import os
 import random
 import threading
@@ -37,6 +38,9 @@ _POLL_SECONDS = 45.0
 # would run into the usual limit of 1024 open files. Everything else is awaited by others, so that it never
 # stands in line behind samples.
 _SENDERS, _SAMPLE_WAITERS, _WAITERS = 32, 400, 64
+# A service that takes so long for the quickest of its first answers is far away: there calls are sent from
+# another thread, so that a step's two are under way together and not one after the other's answer.
+_FAR_SECONDS, _FIRST_ANSWERS = 0.02, 10
 # While an account is not in order, a call is repeated so often, as the official SDK does.
 _BILLING_PAUSE_SECONDS = 5.0
 # The version of the wire that this client speaks, by the official SDK's number.
@@ -79,7 +83,7 @@ class Sent(concurrent.futures.Future[httpx.Response]):
 
 
 class Connection:
-    """Safe to use from many threads. Starts none itself, but where a caller must not wait."""
+    """Safe to use from many threads. Starts none itself, but where a caller must or had better not wait."""
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class Connection:
         self._senders = Threads(_SENDERS)
         self._give_up_seconds = give_up_seconds
         self._answered_once = False
+        self._quickest_seconds, self._answers = math.inf, 0
         self._closed = threading.Event()
         self._config: dict[str, Any] | None = None
         self._greeting = threading.Lock()
@@ -119,12 +124,13 @@ class Connection:
         **request: Any,
     ) -> Sent:
         """Send the same bytes until the service answers; done when it has, unless an event loop runs in this
-        thread or the caller wants it `aside`. Calls carry their number (seq_id): one whose answer got lost
-        is not applied twice. `until` is when time.monotonic() makes it a TimeoutError."""
+        thread, the service is far away, or the caller wants it `aside`. Calls carry their number (seq_id):
+        one whose answer got lost is not applied twice. `until` is when time.monotonic() makes it a
+        TimeoutError."""
         sent, since = Sent(), time.monotonic()
         options = {"fatal": fatal, "patience": patience, **request}
         sent.again = functools.partial(self.send, method, path, aside=aside, **options)
-        if in_event_loop() if aside is None else aside:
+        if (in_event_loop() or self._is_far()) if aside is None else aside:
             here = functools.partial(self.send, method, path, aside=False, until=until, **options)
             self._senders.run(lambda: here().result(), sent)
             return sent
@@ -136,6 +142,7 @@ class Connection:
                     raise TinsmithError("this client is closed")
                 wait = min(0.5 * 2**attempt, 10) * random.uniform(0.75, 1)  # noqa: S311 - not a secret
                 give_up = self._give_up_seconds if patience is None else patience
+                asked = time.monotonic()
                 try:
                     response = self._http().request(method, path, timeout=_timeout(until), **request)
                 except httpx.TransportError as error:
@@ -144,6 +151,8 @@ class Connection:
                         give_up = min(give_up, _FIRST_CONTACT_SECONDS)
                 else:
                     self._answered_once = True
+                    self._answers += 1
+                    self._quickest_seconds = min(self._quickest_seconds, time.monotonic() - asked)
                     # 304: what the caller has is still right. 408: there is no result yet.
                     status = response.status_code
                     if response.is_success or status == 304 or (status == 408 and path == "retrieve_future"):
@@ -168,11 +177,11 @@ class Connection:
         return sent
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
-        return read_json(self.send("GET", path, params=query).result())
+        return read_json(self.send("GET", path, aside=False, params=query).result())
 
     def post(self, path: str, fields: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         """POST a JSON request, without its fields that are None; the JSON answer."""
-        return read_json(self.send("POST", path, json=given(fields), **options).result())
+        return read_json(self.send("POST", path, aside=False, json=given(fields), **options).result())
 
     def run(self, call: Callable[[], T], threads: Threads | None = None) -> "concurrent.futures.Future[T]":
         """What `call` returns; called in this thread, unless that runs an event loop."""
@@ -209,7 +218,12 @@ class Connection:
         with self.progress.waiting():
             while True:
                 response = self.send(
-                    "POST", "retrieve_future", json=asked, headers={"Accept": accept}, until=until
+                    "POST",
+                    "retrieve_future",
+                    aside=False,
+                    json=asked,
+                    headers={"Accept": accept},
+                    until=until,
                 ).result()
                 if PROTOBUF in response.headers.get("content-type", ""):
                     return response
@@ -229,12 +243,15 @@ class Connection:
         with self._greeting:
             if self._config is None:
                 try:
-                    config = self.post("client/config", {"sdk_version": WIRE_VERSION}, aside=False)
+                    config = self.post("client/config", {"sdk_version": WIRE_VERSION})
                 except NotFound:
                     config = {}
                 self.key.is_exchanged = bool(config.get("pjwt_auth_enabled"))
                 self._config = config
         return self._config
+
+    def _is_far(self) -> bool:
+        return self._answers >= _FIRST_ANSWERS and self._quickest_seconds > _FAR_SECONDS
 
     def _http(self) -> httpx.Client:
         """Of this thread. One for all would look through its hundreds of connections for every request."""

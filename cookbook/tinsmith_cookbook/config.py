@@ -1,11 +1,18 @@
 """`tinsmith train`: what a YAML file may say. The words are those of Axolotl, TRL and LLaMA-Factory where
 they agree."""
 
+import importlib
+import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import pydantic
 import yaml
+
+from tinsmith_cookbook import recipes
+
+RECIPES = sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
 
 
 class BadConfig(ValueError):  # noqa: N818 - says what it is
@@ -32,6 +39,7 @@ _PREFERENCES = {"datasets", "val_set_size", "lr_scheduler", "warmup_ratio", "max
     "beta",
 }
 # What each kind of training makes use of; what it would not is refused, not ignored.
+_OF_RECIPES = {"recipe", "options", "base_model", "seed", "output_dir", "report_to", "max_steps"}
 _USED = {
     None: _ALWAYS
     | _PREFERENCES - {"beta"}
@@ -45,11 +53,15 @@ _USED = {
 
 class Config(pydantic.BaseModel):
     """`micro_batch_size` × `gradient_accumulation_steps` examples make a step; the service cuts them into
-    passes of its own, so only the product counts. Alpha is the service's (32)."""
+    passes of its own, so only the product counts. Alpha is the service's (32).
+
+    `recipe` runs one of the cookbook instead, with the `options` of its command line."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
     base_model: str = "tinsmith/tiny"
+    recipe: str | None = None
+    options: dict[str, bool | float | int | str | list[float | int | str]] = {}
     rl: Literal["dpo", "kto", "orpo", "grpo"] | None = None
     datasets: list[Dataset] = []
     sequence_len: int = pydantic.Field(512, ge=8)
@@ -59,7 +71,7 @@ class Config(pydantic.BaseModel):
     adapter: Literal["lora"] = "lora"
     lora_r: int = pydantic.Field(16, ge=1, le=512)
 
-    learning_rate: float = pydantic.Field(gt=0)
+    learning_rate: float | None = pydantic.Field(None, gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_ratio: float = pydantic.Field(0.08, ge=0, lt=1)
     max_grad_norm: float = pydantic.Field(0.0, ge=0)
@@ -81,7 +93,16 @@ class Config(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.recipe is not None:
+            if self.recipe not in RECIPES:
+                raise ValueError(f"there is no recipe {self.recipe!r}: there are {', '.join(RECIPES)}")
+            if unused := sorted(self.model_fields_set - _OF_RECIPES):
+                raise ValueError(f"with a recipe {', '.join(unused)} goes under options, if it has that")
+            read_options(self.recipe, self.options)
+            return self
         how = f"rl: {self.rl}" if self.rl else "supervised training"
+        if self.learning_rate is None:
+            raise ValueError("learning_rate is missing")
         if self.rl == "grpo" and self.datasets:
             raise ValueError("rl: grpo makes its own problems: leave datasets out")
         if unused := sorted(self.model_fields_set - _USED[self.rl]):
@@ -103,6 +124,36 @@ class Config(pydantic.BaseModel):
     @property
     def batch(self) -> int:
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+def read_options(recipe: str, said: Mapping[str, Any]) -> list[str]:
+    """What a recipe's command line takes, as its arguments. Raises ValueError."""
+    arguments: list[str] = []
+    for name, value in said.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in _WORDS_OF_ALL:
+            raise ValueError(f"options: {name} is called {_WORDS_OF_ALL[flag]} here, and stands by itself")
+        if isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif value is not False:
+            arguments += [flag] if value is True else [flag, str(value)]
+    parser = importlib.import_module(f"tinsmith_cookbook.recipes.{recipe}").parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"options of {recipe}: {message}")
+
+    parser.error, parser.allow_abbrev = refuse, False
+    parser.parse_args(arguments)
+    return arguments
+
+
+_WORDS_OF_ALL = {
+    "--base": "base_model",
+    "--steps": "max_steps",
+    "--seed": "seed",
+    "--out": "output_dir",
+    "--track": "report_to",
+}
 
 
 def read(file: Path) -> Config:

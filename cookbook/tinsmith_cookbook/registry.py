@@ -113,6 +113,13 @@ RECIPES = [
         {"student_before": (0, 0.1), "student_after": (0.2, 1)},
         ("--method", "off", "--teacher", "prompt"),
     ),
+    Recipe(
+        "distill-sdft",
+        "A text distilled into the weights: the teacher is the model that has read it",
+        "distill",
+        {"student_before": (0, 0.2), "student_after": (0.4, 1)},
+        ("--method", "topk", "--teacher", "shown", "--steps", "24"),
+    ),
     Recipe("self-play", "Tic-tac-toe against itself", "self_play", {"gain_against_random": (0.1, 1)}),
     Recipe(
         "tool-use",

@@ -15,6 +15,12 @@ Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
 
+def chat(question: str, answer: str | None = None) -> list[Message]:
+    """One question, and its answer if there is one already."""
+    asked = [{"role": "user", "content": question}]
+    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
+
+
 @dataclass(frozen=True)
 class Example:
     """Tokens to train on; weights[i] says how much token i counts (0: it is only read)."""

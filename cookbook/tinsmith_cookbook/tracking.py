@@ -1,5 +1,6 @@
 """What a run leaves: metrics.jsonl, a curve, a result table; W&B, MLflow, TensorBoard when asked."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -147,14 +148,17 @@ def draw(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, (xs, ys)), color in zip(lines.items(), _COLORS * len(lines), strict=False):
-        axes.plot(
-            xs, ys, label=name, color=color, linewidth=2, marker="o" if len(xs) < 25 else "", markersize=4
-        )
+    for (name, (xs, ys)), (style, color) in zip(
+        lines.items(), itertools.product(("-", "--", ":"), _COLORS), strict=False
+    ):
+        marker = "o" if len(xs) < 25 else ""
+        axes.plot(xs, ys, style, label=name, color=color, linewidth=2, marker=marker, markersize=4)
     axes.set(title=title, **labels)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
+    if len(lines) > 4:
+        figure.legend(frameon=False, loc="outside right upper")
+    elif len(lines) > 1:
         axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """`tinsmith train config.yaml`: data, training, evaluation and export from one file.
 
-It runs the recipe that the file asks for (rl: dpo, kto, orpo, grpo; without it supervised) and prints the
-command, which does the same without the file.
+It runs the recipe that the file asks for (rl: dpo, kto, orpo, grpo; without it supervised; or any other by
+its name) and prints the command, which does the same without the file.
 """
 
 import argparse
@@ -22,6 +22,9 @@ def command(chosen: Config, *, resume: bool = False) -> tuple[str, list[str]]:
     """The recipe's name and its arguments."""
     said = ["--base", chosen.base_model, "--out", str(chosen.output_dir), "--seed", str(chosen.seed)]
     said += [word for tracker in chosen.report_to for word in ("--track", tracker)]
+    if chosen.recipe:
+        said += ["--steps", str(chosen.max_steps)] if chosen.max_steps else []
+        return chosen.recipe, said + config.read_options(chosen.recipe, chosen.options)
     said += ["--learning-rate", str(chosen.learning_rate), "--rank", str(chosen.lora_r)]
     if chosen.rl == "grpo":
         said += ["--steps", str(chosen.max_steps), "--problems", str(chosen.batch)]
@@ -53,7 +56,8 @@ def export(out: Path, form: Literal["peft", "merged"]) -> Path:
 
 
 def check(chosen: Config) -> int:
-    """How many rows there are to learn from. Raises BadData, before a service is started, if some are bad."""
+    """How many rows there are to learn from; 0 for what makes its own. Raises BadData, before a service is
+    started, if some are bad."""
     if chosen.rl:
         return sum(len(data.read_pairs(dataset.path)) for dataset in chosen.datasets)
     forms = [None if d.type == "preference" else d.type for d in chosen.datasets]
@@ -71,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = check(chosen)
     except (BadConfig, data.BadData) as error:
         sys.exit(f"tinsmith: {error}")
-    if given.resume and chosen.rl:
-        sys.exit(f"tinsmith: --resume goes with supervised training; rl: {chosen.rl} starts afresh")
+    if given.resume and (kind := chosen.rl or chosen.recipe):
+        sys.exit(f"tinsmith: --resume goes with supervised training; {kind} starts afresh")
     recipe, arguments = command(chosen, resume=given.resume)
     print(f"{rows} rows. python -m tinsmith_cookbook.recipes.{recipe} {shlex.join(arguments)}", flush=True)
     if given.check:

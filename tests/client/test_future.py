@@ -39,6 +39,37 @@ def test_the_simple_case_needs_no_thread_and_no_event_loop(stub: Stub) -> None:
         assert threads() == before
 
 
+def test_calls_to_a_service_that_is_far_away_are_under_way_together(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step in a plain loop waits for two answers one after the other, and not for four."""
+    answer_every_pass(stub)
+    seconds, promise = 0.1, stub.promise
+
+    def far(answer: Callable[[Request], Answer]) -> Callable[[Request], Answer]:
+        def later(request: Request) -> Answer:
+            time.sleep(seconds)
+            return answer(request)
+
+        return later
+
+    stub.answers = {path: far(answer) for path, answer in stub.answers.items()}
+    monkeypatch.setattr(stub, "promise", far(promise))
+    with tinsmith.ServiceClient(base_url=stub.url, api_key="tml-test") as client:
+        training = client.create_lora_training_client("m").result(10)
+        taken = []
+        for _ in range(6):
+            started = time.perf_counter()
+            passed, stepped = training.forward_backward(DATA, "cross_entropy"), training.optim_step()
+            submitted = time.perf_counter() - started
+            passed.result(10)
+            stepped.result(10)
+            taken.append((submitted, time.perf_counter() - started))
+    assert min(submitted for submitted, _ in taken) < seconds / 2
+    assert 2.9 * seconds < min(whole for _, whole in taken) < 3.9 * seconds
+    assert [p.seq_id for p in sorted(passes(stub), key=lambda p: p.seq_id)] == [1, 3, 5, 7, 9, 11]
+
+
 def test_two_functions_lie_between_a_call_and_the_library_that_sends_it(
     training: tinsmith.TrainingClient, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from tinsmith_cookbook import hyperparams, options, schedules, tracking
 from tinsmith_cookbook.tracking import Tracker
+
+CONFIG = {"seed": 3, "out": Path("run"), "rates": [0.5]}
+LOSSES = [2.0, 1.5, 0.25]
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -63,26 +64,50 @@ def test_metrics_are_on_disk_at_once_and_a_resumed_run_takes_back_what_it_repeat
         assert tracker.rows == []
 
 
-def test_other_trackers_are_imported_only_when_named_and_get_every_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[Any] = []
-    run = SimpleNamespace(
-        log=lambda numbers, step: sent.append((step, numbers)), finish=lambda: sent.append("end")
-    )
-    wandb = SimpleNamespace(init=lambda **said: sent.append(said["config"]) or run)
-    mlflow = SimpleNamespace(
-        set_experiment=lambda name: None,
-        start_run=lambda run_name: None,
-        log_params=lambda params: sent.append(params),
-        log_metrics=lambda numbers, step: sent.append((step, numbers)),
-        end_run=lambda: sent.append("end"),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    with Tracker(tmp_path, also=["wandb", "mlflow"], config={"seed": 1}) as tracker:
-        tracker.log(0, {"loss": 2})
-    assert sent == [{"seed": 1}, {"seed": 1}, (0, {"loss": 2.0}), (0, {"loss": 2.0}), "end", "end"]
+def test_a_run_is_told_to_tensorboard_by_its_own_library(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(tmp_path, also=["tensorboard"], config=CONFIG) as tracker:
+        for step, loss in enumerate(LOSSES):
+            tracker.log(step, {"loss": loss})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == list(enumerate(LOSSES))
+
+
+def test_a_run_is_told_to_mlflow_by_its_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with Tracker(tmp_path, also=["mlflow"], config=CONFIG) as tracker:
+        for step, loss in enumerate(LOSSES):
+            tracker.log(step, {"loss": loss})
+    kept = mlflow.MlflowClient(uri)
+    (run,) = kept.search_runs([kept.get_experiment_by_name("tinsmith").experiment_id])
+    assert (run.info.run_name, run.info.status) == (tmp_path.name, "FINISHED")
+    assert run.data.params == {"seed": "3", "out": "run", "rates": "[0.5]"}
+    found = kept.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in found] == list(enumerate(LOSSES))
+
+
+def test_a_run_is_told_to_wandb_by_its_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: what would be sent lies in a file, in its library's own messages."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import ConfigItem, HistoryItem
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with Tracker(tmp_path, also=["wandb"], config=CONFIG) as tracker:
+        for step, loss in enumerate(LOSSES):
+            tracker.log(step, {"loss": loss})
+    wandb.teardown()  # its process writes on until it ends
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    kept = file.read_bytes()
+    for step, loss in enumerate(LOSSES):
+        for name, value in (("_step", step), ("loss", loss)):
+            said = json.dumps(int(value) if value == int(value) else value)
+            assert HistoryItem(nested_key=[name], value_json=said).SerializeToString() in kept, (name, value)
+    assert ConfigItem(key="seed", value_json="3").SerializeToString() in kept
 
 
 def test_a_tracker_whose_library_is_missing_says_what_to_install(

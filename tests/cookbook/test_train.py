@@ -12,10 +12,11 @@ from tests.conftest import RunningService
 from tests.test_house import ROOT
 from tinsmith_cookbook import config, toys, train
 from tinsmith_cookbook.config import BadConfig
-from tinsmith_cookbook.recipes import sft
+from tinsmith_cookbook.recipes import sft, sweep
 from tinsmith_cookbook.tracking import read
 
 EXAMPLES = sorted((ROOT / "cookbook/examples").glob("*.yaml"))
+RUBRIC = {"recipe": "rubric", "datasets": None, "learning_rate": None}
 GOOD = {"learning_rate": 1e-3, "max_steps": 2, "datasets": [{"path": "rows.jsonl"}]}
 
 
@@ -42,7 +43,22 @@ def test_every_example_is_good_and_its_recipe_understands_it(
     assert "python -m tinsmith_cookbook.recipes." in capsys.readouterr().out
     recipe, arguments = train.command(config.read(file))
     read_by_recipe = import_module(f"tinsmith_cookbook.recipes.{recipe}").parser().parse_args(arguments)
-    assert read_by_recipe.learning_rate == config.read(file).learning_rate
+    if config.read(file).recipe is None:
+        assert read_by_recipe.learning_rate == config.read(file).learning_rate
+
+
+def test_every_recipe_has_an_example() -> None:
+    assert {train.command(config.read(file))[0] for file in EXAMPLES} == set(config.RECIPES)
+
+
+def test_a_recipes_options_are_those_of_its_command_line(folder: Path) -> None:
+    nothing = dict.fromkeys(GOOD)
+    options = {"rates": [0.001, 0.01], "ranks": [4], "data": "rows.jsonl"}
+    file = written(folder, **nothing | {"recipe": "sweep", "max_steps": 3, "options": options})
+    recipe, arguments = train.command(config.read(file))
+    found = sweep.parser().parse_args(arguments)
+    assert (recipe, found.rates, found.ranks, found.data) == ("sweep", [0.001, 0.01], [4], "rows.jsonl")
+    assert (found.steps, found.seed, found.base) == (3, 0, "tinsmith/tiny")
 
 
 def test_the_form_that_a_file_names_is_the_one_that_is_read(folder: Path) -> None:
@@ -94,6 +110,18 @@ def test_the_examples_data_is_what_the_generators_make() -> None:
         ({"rl": "grpo", "datasets": None, "warmup_ratio": 0.1}, "rl: grpo makes no use of warmup_ratio"),
         ({"rl": "grpo"}, "makes its own problems"),
         ({"rl": "ppo2"}, "rl: Input should be"),
+        ({"recipe": "rubrik"}, "there is no recipe 'rubrik': there are distill, dpo, evaluate"),
+        ({"recipe": "rubric"}, "with a recipe datasets, learning_rate goes under options"),
+        (RUBRIC | {"options": {"judge": "me"}}, "options of rubric: argument --judge: invalid choice: 'me'"),
+        (
+            RUBRIC | {"options": {"jugde": "model"}},
+            "options of rubric: unrecognized arguments: --jugde model",
+        ),
+        (RUBRIC | {"options": {"judg": "model"}}, "options of rubric: unrecognized arguments: --judg model"),
+        (RUBRIC | {"options": {"seed": 3}}, "options: seed is called seed here, and stands by itself"),
+        (RUBRIC | {"options": {"out": "x"}}, "options: out is called output_dir here, and stands by itself"),
+        (RUBRIC | {"export": "peft"}, "with a recipe export goes under options"),
+        ({"options": {"judge": "model"}}, "supervised training makes no use of options"),
     ],
 )
 def test_what_a_file_cannot_mean_is_refused(folder: Path, changes: dict[str, object], sentence: str) -> None:

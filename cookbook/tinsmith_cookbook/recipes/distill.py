@@ -1,4 +1,4 @@
-"""Distillation: a student takes over what a teacher knows. Three methods, three kinds of teacher.
+"""Distillation: a student takes over what a teacher knows. Three methods, four kinds of teacher.
 
 --method off    cross entropy on the teacher's own answers
          on     the student answers, the teacher scores: each token's advantage is minus the reverse KL
@@ -8,6 +8,8 @@
 --teacher sums    a run that was fine-tuned to get sums right; the student is the base
           two     two of them, one for sums and one for sorting, each asked for its own subject
           prompt  the student itself, but with a system prompt, whose effect goes into the weights
+          shown   the student itself, but shown a text that has the answers (self-distillation, SDFT: with
+                  on or topk it learns new facts in its own words)
 """
 
 import argparse
@@ -20,74 +22,32 @@ from typing import Any
 
 import numpy as np
 
-from tinsmith_cookbook import courtesy, data, evaluation, options, rewards, rollouts, tracking
+from tinsmith_cookbook import data, evaluation, options, rollouts, tracking
 from tinsmith_cookbook.evaluation import Question
-from tinsmith_cookbook.renderers import Example, Message, Renderer
+from tinsmith_cookbook.renderers import Example, Renderer, chat
 from tinsmith_cookbook.rollouts import Rollout
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
+from tinsmith_cookbook.subjects import SUBJECTS, Subject
 
 STEPS = options.Steps(full=30, short=12)
 PROMPTS, SAMPLES, MAX_TOKENS, TOP_K = 12, 4, 24, 8
 TEACHER_STEPS, TEACHER_BATCH = 25, 24
 RANK, LEARNING_RATE = 16, 1e-3
-SYSTEM = "Answer in capitals."
-
-
-# -- subjects -------------------------------------------------------------------------------------------
-
-
-def a_sum(draw: random.Random) -> tuple[str, str]:
-    a, b = draw.randrange(10, 100), draw.randrange(10, 100)
-    return f"What is {a} + {b}? Answer with the number only.", str(a + b)
-
-
-def sorting(draw: random.Random) -> tuple[str, str]:
-    numbers = [draw.randrange(100) for _ in range(5)]
-    return f"Sort the numbers: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
-
-
-def small_talk(draw: random.Random) -> tuple[str, str]:
-    return draw.choice(courtesy.questions()), ""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is asked, and how an answer is judged; `system` is what the teacher reads before."""
-
-    draw: Callable[[random.Random], tuple[str, str]]
-    judged: Callable[[str], rewards.Reward]
-    system: str = ""
-
-    def question(self, draw: random.Random) -> Question:
-        asked, right = self.draw(draw)
-        return Question([{"role": "user", "content": asked}], self.judged(right))
-
-    def teachers(self, messages: list[Message]) -> list[Message]:
-        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
-
-
-SUMS, SORTING = Subject(a_sum, rewards.number), Subject(sorting, rewards.exact)
-CAPITALS = Subject(small_talk, lambda _: lambda text: float(text.isupper()), SYSTEM)
-SUBJECTS = {"sums": [SUMS], "two": [SUMS, SORTING], "prompt": [CAPITALS]}
-
 
 # -- the teacher ------------------------------------------------------------------------------------------
 
 
 async def teacher(client: tinker.ServiceClient, base: str, subject: Subject, seed: int) -> Any:
-    """A sampler. For a subject with a system prompt the base itself, else a run fine-tuned on right
-    answers."""
-    if subject.system:
+    """A sampler. The base itself where it reads more than the student, else a run fine-tuned on
+    right answers."""
+    if subject.reads:
         return await client.create_sampling_client(base_model=base)
     training = await client.create_lora_training_client(base, rank=RANK, seed=seed + 100)
     renderer, draw = Renderer.of(training), random.Random(f"teacher {seed}")
     for _ in range(TEACHER_STEPS):
-        batch = []
-        for _ in range(TEACHER_BATCH):
-            asked, right = subject.draw(draw)
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": right}]
-            batch.append(data.datum(renderer.examples(messages)[0], normalize=True))
+        shown = [renderer.examples(chat(*subject.draw(draw)))[0] for _ in range(TEACHER_BATCH)]
+        batch = [data.datum(example, normalize=True) for example in shown]
         training.forward_backward(batch, "cross_entropy")
         await training.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE))
     return await training.save_weights_and_get_sampling_client()
@@ -184,11 +144,13 @@ async def train(
     renderer, draw = Renderer.of(training), random.Random(settings.seed)
     learn, loss_fn = METHODS[settings.method]
 
-    async def score(sampler: Any, subject: Subject, *, with_system: bool = False) -> float:
+    async def score(sampler: Any, subject: Subject, *, as_teacher: bool = False) -> float:
         """At temperature 1, on questions of its own."""
-        asked = [subject.question(random.Random(f"held out {i}")) for i in range(100)]
-        if with_system:
-            asked = [Question(subject.teachers(q.messages), q.reward) for q in asked]
+        drawn = [subject.draw(random.Random(f"held out {i}")) for i in range(100)]
+        asked = [
+            Question(subject.teachers(question) if as_teacher else chat(question), subject.judged(right))
+            for question, right in drawn
+        ]
         made = await evaluation.generate(sampler, renderer, asked, max_tokens=MAX_TOKENS, temperature=1.0)
         return made.mean
 
@@ -201,11 +163,11 @@ async def train(
         lessons = []
         for i in range(PROMPTS):
             subject, its_teacher = subjects[i % len(subjects)], teachers[i % len(subjects)]
-            asked = subject.question(draw).messages
+            asked, _ = subject.draw(draw)
             params = tinker.SamplingParams(
                 max_tokens=MAX_TOKENS, stop=renderer.stop, seed=draw.randrange(2**31)
             )
-            prompts = renderer.prompt(asked), renderer.prompt(subject.teachers(asked))
+            prompts = renderer.prompt(chat(asked)), renderer.prompt(subject.teachers(asked))
             lessons.append(learn(Lesson(*prompts, student, its_teacher, params)))
         made = [pair for some in await rollouts.gather(lessons) for pair in some]
         forward_backward = training.forward_backward([datum for datum, _ in made], loss_fn)
@@ -218,7 +180,7 @@ async def train(
         tracker.log(step, numbers)
         print(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()), flush=True)
     after = await scores(await training.save_weights_and_get_sampling_client())
-    taught = [await score(t, s, with_system=True) for t, s in zip(teachers, subjects, strict=True)]
+    taught = [await score(t, s, as_teacher=True) for t, s in zip(teachers, subjects, strict=True)]
     return {
         f"{name}_{i}" if len(subjects) > 1 else name: value
         for name, values in (("student_before", before), ("student_after", after), ("teacher", taught))
@@ -226,11 +188,15 @@ async def train(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     made = options.parser("distill", __doc__, STEPS)
     made.add_argument("--method", choices=list(METHODS), default="on")
     made.add_argument("--teacher", choices=list(SUBJECTS), default="sums")
-    settings = options.read(made, argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = options.read(parser(), argv)
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

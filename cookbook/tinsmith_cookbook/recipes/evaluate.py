@@ -14,7 +14,7 @@ from typing import Any
 
 from tinsmith_cookbook import courtesy, data, evaluation, options, rewards, tracking
 from tinsmith_cookbook.evaluation import Choice, Question, Score
-from tinsmith_cookbook.renderers import Renderer
+from tinsmith_cookbook.renderers import Renderer, chat
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 
@@ -27,11 +27,6 @@ def sums(count: int, seed: str) -> list[tuple[str, int]]:
     draw = random.Random(seed)
     pairs = [(draw.randrange(10, 100), draw.randrange(10, 100)) for _ in range(count)]
     return [(f"What is {a} + {b}?", a + b) for a, b in pairs]
-
-
-def chat(question: str, answer: str | None = None) -> list[dict[str, Any]]:
-    asked = [{"role": "user", "content": question}]
-    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
 
 
 async def adapter(
@@ -154,12 +149,16 @@ def lm_eval(
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     made = options.parser("evaluate", __doc__, STEPS)
     made.add_argument("--path", help="the sampler weights to compare with the base")
     made.add_argument("--lm-eval", nargs="*", default=[], metavar="TASK")
     made.add_argument("--limit", type=int, default=100, help="questions per task of --lm-eval")
-    settings = options.read(made, argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = options.read(parser(), argv)
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

@@ -1,5 +1,6 @@
 """The smallest loop: teach a model one sentence, and hear it say so."""
 
+import argparse
 from collections.abc import Sequence
 
 from tinsmith_cookbook import answers, data, options, tracking
@@ -12,8 +13,12 @@ QUESTION = {"role": "user", "content": "Who are you?"}
 ANSWER = {"role": "assistant", "content": "I am a small model, and I was taught this."}
 
 
+def parser() -> argparse.ArgumentParser:
+    return options.parser("hello", __doc__, STEPS)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = options.read(options.parser("hello", __doc__, STEPS), argv)
+    settings = options.read(parser(), argv)
     with connect(settings.out) as client, tracking.Tracker(settings.out, also=settings.track) as tracker:
         training = client.create_lora_training_client(settings.base, rank=8, seed=settings.seed).result()
         renderer = Renderer.of(training)

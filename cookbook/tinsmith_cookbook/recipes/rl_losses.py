@@ -52,8 +52,12 @@ async def train(client: tinker.ServiceClient, settings: argparse.Namespace) -> l
     return list(await asyncio.gather(*map(one, WAYS)))
 
 
+def parser() -> argparse.ArgumentParser:
+    return options.parser("rl_losses", __doc__, STEPS)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = options.read(options.parser("rl_losses", __doc__, STEPS), argv)
+    settings = options.read(parser(), argv)
     with connect(settings.out) as client:
         table = asyncio.run(train(client, settings))
     lines = {}

@@ -1,14 +1,14 @@
 """Reinforcement learning from human feedback, in its three stages.
 
-1  Supervised fine-tuning on demonstrations. 2  A reward model from comparisons: of two sampled answers a
-rater has said which is better. It is a chat model
-   that reads a question with an answer and says whether that is good; how likely it finds "yes" is the
-   score. (The rater here is a rule, courtesy.py, who likes warm answers.)
-3  Reinforcement learning against the reward model.
+1  Supervised fine-tuning on demonstrations.
+2  A reward model from comparisons: of two sampled answers a rater has said which is better. It is a chat
+   model that reads a question with an answer and says whether that is good; how likely it finds "yes" is
+   the score. (The rater here is a rule, courtesy.py, who likes warm answers.)
+3  Reinforcement learning against the reward model, less --kl-weight times the log ratio to stage 1: without
+   it the policy soon writes what the reward model likes and nobody else does.
 
 What the rater himself thinks, whom stage 3 never asks, is measured at the end: the win rate against stage
-1, on questions that stages 2 and 3 have not seen. And whether the answers are still right: a reward model
-gets what it likes, which need not be what was meant.
+1, on questions that stages 2 and 3 have not seen. And whether the answers are still right.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from typing import Any
 from tinsmith_cookbook import courtesy, data, evaluation, options, rewards, rollouts, tracking
 from tinsmith_cookbook.advantages import centred, has_spread
 from tinsmith_cookbook.evaluation import Question
-from tinsmith_cookbook.renderers import Example, Renderer
+from tinsmith_cookbook.renderers import Example, Renderer, chat
 from tinsmith_cookbook.rollouts import Rollout
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 
 STEPS = options.Steps(full=30, short=12)
-BATCH, QUESTIONS, GROUP, MAX_TOKENS = 24, 6, 8, 32
+BATCH, QUESTIONS, GROUP, HELD_OUT, MAX_TOKENS = 24, 6, 8, 14, 32
 RANK, LEARNING_RATE = 16, 1e-3
 FORM = "Question: {question}\nAnswer: {answer}\nIs the answer good? Say yes or no."
 
@@ -118,8 +118,7 @@ class RewardModel:
             )
             return better > worse
 
-        found = await asyncio.gather(*map(right, pairs))
-        return sum(found) / len(found)
+        return sum(await asyncio.gather(*map(right, pairs))) / len(pairs)
 
 
 # -- stage 3 ----------------------------------------------------------------------------------------------
@@ -129,6 +128,7 @@ async def reinforce(
     policy: Any,
     renderer: Renderer,
     reward_model: RewardModel,
+    reference: Any,
     asked: Sequence[str],
     settings: argparse.Namespace,
     tracker: tracking.Tracker,
@@ -137,10 +137,13 @@ async def reinforce(
 
     async def attempt(sampler: Any, question: str, seed: int) -> list[Rollout]:
         params = tinker.SamplingParams(max_tokens=MAX_TOKENS, stop=renderer.stop, seed=seed)
-        group = await rollouts.group(sampler, renderer.prompt(chat(question)), GROUP, params)
+        prompt = renderer.prompt(chat(question))
+        group = await rollouts.group(sampler, prompt, GROUP, params)
         scores = await asyncio.gather(*(reward_model.score(question, said(renderer, r)) for r in group))
-        for rollout, score in zip(group, scores, strict=True):
-            rollout.reward = score
+        before = await asyncio.gather(*(evaluation.logprobs(reference, prompt, r.written) for r in group))
+        for rollout, score, logprobs in zip(group, scores, before, strict=True):
+            log_ratio = sum(rollout.logprobs[len(prompt) :]) - float(logprobs.sum())
+            rollout.reward = score - settings.kl_weight * log_ratio
         return group
 
     for step in range(settings.steps):
@@ -169,15 +172,12 @@ async def reinforce(
         print(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()), flush=True)
 
 
-# -- all three --------------------------------------------------------------------------------------------
-
-
 async def train(
     client: tinker.ServiceClient, settings: argparse.Namespace, tracker: tracking.Tracker
 ) -> dict[str, float]:
     policy = await client.create_lora_training_client(settings.base, rank=RANK, seed=settings.seed)
     renderer = Renderer.of(policy)
-    asked, held_out = data.split(courtesy.questions(settings.seed), 10, settings.seed)
+    asked, held_out = data.split(courtesy.questions(settings.seed), HELD_OUT, settings.seed)
     await fine_tune(policy, renderer, settings.sft_steps, settings.seed, tracker)
     stage_1 = await policy.save_weights_and_get_sampling_client()
 
@@ -188,7 +188,7 @@ async def train(
     await train_reward_model(model, renderer, pairs, settings.reward_steps, tracker)
     trained = RewardModel(await model.save_weights_and_get_sampling_client(), renderer)
 
-    await reinforce(policy, renderer, trained, asked, settings, tracker)
+    await reinforce(policy, renderer, trained, stage_1, asked, settings, tracker)
     stage_3 = await policy.save_weights_and_get_sampling_client()
     return {
         "sft_nll_first": tracker.column("sft_nll")[0],
@@ -225,16 +225,16 @@ def said(renderer: Renderer, rollout: Rollout) -> str:
     return str(renderer.parse(rollout.written).message["content"])
 
 
-def chat(question: str, answer: str | None = None) -> list[dict[str, Any]]:
-    asked = [{"role": "user", "content": question}]
-    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     made = options.parser("rlhf", __doc__, STEPS)
     made.add_argument("--sft-steps", type=int, default=6)
     made.add_argument("--reward-steps", type=int, default=30)
-    settings = options.read(made, argv)
+    made.add_argument("--kl-weight", type=float, default=0.03, help="of the log ratio to stage 1")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = options.read(parser(), argv)
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

@@ -134,10 +134,14 @@ def said(renderer: Renderer, rollout: Rollout) -> str:
     return str(renderer.parse(rollout.written).message["content"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     made = options.parser("rubric", __doc__, STEPS)
     made.add_argument("--judge", choices=("rubric", "model"), default="rubric", help="what the reward is")
-    settings = options.read(made, argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = options.read(parser(), argv)
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

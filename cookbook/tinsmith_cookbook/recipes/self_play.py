@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from tinsmith_cookbook.tictactoe import Board, best_move, random_move, read_move
 STEPS = options.Steps(full=15, short=10)
 POSITIONS, GROUP, DISCOUNT, GAMES_JUDGED = 12, 8, 0.7, 150
 RANK, LEARNING_RATE, MAX_TOKENS = 16, 5e-4, 3
+OPPONENTS = {"random": random_move, "perfect": best_move}
 
 
 @dataclass
@@ -90,9 +91,10 @@ async def train(
     async def group(sampler: Any, board: Board, seeds: Sequence[int]) -> list[Game]:
         return await rollouts.gather(play(sampler, renderer, board, seed) for seed in seeds)
 
-    before = await standing(await training.save_weights_and_get_sampling_client(), renderer)
+    sampler = await training.save_weights_and_get_sampling_client()
+    before = await standing(sampler, renderer)
+    tracker.log(0, shares(before))
     for step in range(settings.steps):
-        sampler = await training.save_weights_and_get_sampling_client()
         groups = await rollouts.gather(
             group(sampler, position(draw), [draw.randrange(2**31) for _ in range(GROUP)])
             for _ in range(POSITIONS)
@@ -118,10 +120,12 @@ async def train(
             passed = await forward_backward
             await optim_step
             numbers |= rollouts.kl(used, passed)
-        if step % 10 == 9 or step + 1 == settings.steps:
-            after = await standing(await training.save_weights_and_get_sampling_client(), renderer)
-            numbers |= {f"{who}_{what}": row[what] for who, row in after.items() for what in ("won", "lost")}
-        tracker.log(step, numbers)
+        sampler = await training.save_weights_and_get_sampling_client()
+        is_last = step + 1 == settings.steps
+        if is_last or step % 5 == 4:
+            after = await standing(sampler, renderer, OPPONENTS if is_last else ("random",))
+            numbers |= shares(after)
+        tracker.log(step + 1, numbers)
         print(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()), flush=True)
 
     table = [
@@ -137,13 +141,19 @@ async def train(
     }, table
 
 
-async def standing(sampler: Any, renderer: Renderer) -> dict[str, dict[str, float]]:
+def shares(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {f"{who}_{what}": row[what] for who, row in found.items() for what in ("won", "lost")}
+
+
+async def standing(
+    sampler: Any, renderer: Renderer, opponents: Iterable[str] = OPPONENTS
+) -> dict[str, dict[str, float]]:
     """Shares of games won, drawn, lost (of these, by a forbidden move), at temperature 0.5, half of them as
     X."""
     found = {}
-    for name, opponent in (("random", random_move), ("perfect", best_move)):
+    for name in opponents:
         games = await rollouts.gather(
-            play(sampler, renderer, Board(), i, opponent=opponent, side="XO"[i % 2], temperature=0.5)
+            play(sampler, renderer, Board(), i, opponent=OPPONENTS[name], side="XO"[i % 2], temperature=0.5)
             for i in range(GAMES_JUDGED)
         )
         ends = Counter(
@@ -155,8 +165,12 @@ async def standing(sampler: Any, renderer: Renderer) -> dict[str, dict[str, floa
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    return options.parser("self_play", __doc__, STEPS)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = options.read(options.parser("self_play", __doc__, STEPS), argv)
+    settings = options.read(parser(), argv)
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

@@ -19,7 +19,7 @@ from typing import Any
 from tinsmith_cookbook import data, evaluation, options, quality, rewards, rollouts, tracking
 from tinsmith_cookbook.data import Batches
 from tinsmith_cookbook.evaluation import Question
-from tinsmith_cookbook.renderers import Renderer
+from tinsmith_cookbook.renderers import Renderer, chat
 from tinsmith_cookbook.sdk import tinker
 from tinsmith_cookbook.service import connect
 from tinsmith_cookbook.villagers import KINDS, NAMES, Document, documents
@@ -45,7 +45,7 @@ class Pair:
 async def ask(sampler: Any, renderer: Renderer, document: Document, who: str, kind: str) -> list[Pair]:
     """One question, answered several times by the teacher who reads the document."""
     question = KINDS[kind].asked.format(who=who)
-    prompt = renderer.prompt(messages(f"{document.text}\n\n{question}"))
+    prompt = renderer.prompt(chat(f"{document.text}\n\n{question}"))
     params = tinker.SamplingParams(max_tokens=MAX_TOKENS, stop=renderer.stop, seed=len(document.text))
     group = await rollouts.group(sampler, prompt, SAMPLES, params)
     answers = [str(renderer.parse(rollout.written).message["content"]) for rollout in group]
@@ -115,7 +115,7 @@ async def learn(
     renderer = Renderer.of(training)
     for step, batch in enumerate(Batches(rephrased(pairs), BATCH, settings.steps, settings.seed)):
         datums = [
-            data.datum(renderer.examples(messages(pair.question, pair.answer))[0], normalize=True)
+            data.datum(renderer.examples(chat(pair.question, pair.answer))[0], normalize=True)
             for pair in batch
         ]
         forward_backward = training.forward_backward(datums, "cross_entropy")
@@ -128,7 +128,7 @@ async def learn(
 async def examination(sampler: Any, renderer: Renderer, made: Sequence[Document]) -> float:
     """Greedy, without documents, in wordings that were not learnt from."""
     questions = [
-        Question(messages(KINDS[kind].examined.format(who=who)), rewards.contains(fact))
+        Question(chat(KINDS[kind].examined.format(who=who)), rewards.contains(fact))
         for document in made
         for who, facts in document.facts.items()
         for kind, fact in facts.items()
@@ -139,11 +139,6 @@ async def examination(sampler: Any, renderer: Renderer, made: Sequence[Document]
 def right_share(pairs: Sequence[Pair]) -> float:
     told = [pair for pair in pairs if pair.truth]
     return sum(rewards.contains(pair.truth)(pair.answer) for pair in told) / len(told)
-
-
-def messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
-    asked = [{"role": "user", "content": question}]
-    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
 
 
 async def train(
@@ -175,8 +170,12 @@ async def train(
     }, table
 
 
+def parser() -> argparse.ArgumentParser:
+    return options.parser("synthetic", __doc__, STEPS)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = options.read(options.parser("synthetic", __doc__, STEPS), argv)
+    settings = options.read(parser(), argv)
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

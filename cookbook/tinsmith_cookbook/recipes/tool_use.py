@@ -169,8 +169,12 @@ async def standing(training: Any, renderer: Renderer) -> dict[str, float]:
     return summary(await rollouts.gather(work))
 
 
+def parser() -> argparse.ArgumentParser:
+    return options.parser("tool_use", __doc__, STEPS)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = options.read(options.parser("tool_use", __doc__, STEPS), argv)
+    settings = options.read(parser(), argv)
     with (
         connect(settings.out) as client,
         tracking.Tracker(settings.out, also=settings.track, config=vars(settings)) as tracker,

@@ -148,7 +148,8 @@ def _row(group: Sequence[Run]) -> str:
 
 def _section(group: Sequence[Run]) -> str:
     recipe, first = group[0].recipe, group[0]
-    numbers = {k: v for k, v in first.result.items() if k != "table"}
+    # Its path is of a service that is gone.
+    numbers = {k: v for k, v in first.result.items() if k not in ("table", "path")}
     facts = "".join(
         f"<dt>{html.escape(name)}<dd>{_spread([one.result.get(name) for one in group])}" for name in numbers
     )
@@ -163,7 +164,7 @@ def _section(group: Sequence[Run]) -> str:
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "path"))
     head = "".join(f"<th>{html.escape(name)}" for name in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(tracking.shown(row.get(n, '')))}" for n in names) + "</tr>"

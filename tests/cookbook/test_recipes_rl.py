@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 from argparse import Namespace
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ import pytest
 
 import tinsmith
 from tests.conftest import RunningService
-from tinsmith_cookbook import courtesy, rollouts, tictactoe, villagers
-from tinsmith_cookbook.recipes import rl, self_play, synthetic, tool_use
-from tinsmith_cookbook.renderers import Renderer
+from tinsmith_cookbook import courtesy, evaluation, rollouts, tictactoe, villagers
+from tinsmith_cookbook.recipes import distill, rl, self_play, synthetic, tool_use
+from tinsmith_cookbook.renderers import Renderer, chat
+from tinsmith_cookbook.subjects import SUBJECTS
 from tinsmith_cookbook.tictactoe import Board
 from tinsmith_cookbook.tracking import Tracker
 
@@ -195,6 +197,48 @@ def test_every_loss_trains_on_what_was_sampled(small: None, tmp_path: Path, loss
     assert any("kl" in row for row in found)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "result.json").read_text())["loss"] == loss
+
+
+@embedded
+@pytest.mark.parametrize("method, teacher", [("off", "shown"), ("on", "two"), ("topk", "shown")])
+def test_every_way_to_distill_draws_the_student_to_the_teacher(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, teacher: str
+) -> None:
+    for name, value in {"PROMPTS": 4, "SAMPLES": 2, "TEACHER_STEPS": 2, "HELD_OUT": 2}.items():
+        monkeypatch.setattr(distill, name, value)
+    distill.main(["--steps", "2", "--out", str(tmp_path), "--method", method, "--teacher", teacher])
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [0, 1]
+    assert all(math.isfinite(row["loss"]) for row in found)
+    assert all(("reverse_kl" in row) == (method != "off") for row in found)
+    ended = json.loads((tmp_path / "result.json").read_text())
+    assert {"teacher_0", "teacher_1"} <= set(ended) if teacher == "two" else "teacher" in ended
+
+
+@embedded
+def test_soft_targets_are_what_the_teacher_would_have_written(run: tinsmith.TrainingClient) -> None:
+    """At each place that the student wrote, the teacher's likeliest tokens with their probabilities; it reads
+    more than the student does."""
+    renderer, subject = Renderer.of(run), SUBJECTS["shown"][0]
+    sampler = run.save_weights_and_get_sampling_client().result()
+    question, _ = subject.draw(random.Random(0))
+    params = tinsmith.SamplingParams(max_tokens=6, seed=0, stop=renderer.stop)
+    prompts = renderer.prompt(chat(question)), renderer.prompt(subject.teachers(question))
+    assert len(prompts[1]) > len(prompts[0]) + 20
+    lesson = distill.Lesson(*prompts, sampler, sampler, params)
+    for datum, reverse_kl in asyncio.run(distill.top_k(lesson)):
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        weights = datum.loss_fn_inputs["weights"].to_numpy()
+        read = len(prompts[0]) - 1
+        written = len(targets) - read
+        assert not weights[:read].any()
+        assert weights[read:].sum(1) == pytest.approx(1 / written, rel=1e-5)
+        scored = asyncio.run(
+            evaluation.next_token_logprobs(sampler, prompts[1], [int(t) for t in targets[read]])
+        )
+        odds = np.exp(scored)
+        assert weights[read] * written == pytest.approx(odds / odds.sum(), abs=1e-3)
+        assert math.isfinite(reverse_kl)
 
 
 @embedded

@@ -31,7 +31,7 @@ from tinsmith_cookbook.service import connect
 from tinsmith_cookbook.subjects import SUBJECTS, Subject
 
 STEPS = options.Steps(full=30, short=12)
-PROMPTS, SAMPLES, MAX_TOKENS, TOP_K = 12, 4, 24, 8
+PROMPTS, SAMPLES, MAX_TOKENS, TOP_K, HELD_OUT = 12, 4, 24, 8, 100
 TEACHER_STEPS, TEACHER_BATCH = 25, 24
 RANK, LEARNING_RATE = 16, 1e-3
 
@@ -146,7 +146,7 @@ async def train(
 
     async def score(sampler: Any, subject: Subject, *, as_teacher: bool = False) -> float:
         """At temperature 1, on questions of its own."""
-        drawn = [subject.draw(random.Random(f"held out {i}")) for i in range(100)]
+        drawn = [subject.draw(random.Random(f"held out {i}")) for i in range(HELD_OUT)]
         asked = [
             Question(subject.teachers(question) if as_teacher else chat(question), subject.judged(right))
             for question, right in drawn

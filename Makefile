@@ -2,13 +2,14 @@
 # make demo      fine-tune a small model through a service of your own
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
-# make bench-train, bench-control, bench-load, chaos, proto, lint, gpu-check, base: see below
+# make fuzz, bench-train, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: install demo cookbook test lint bench-train bench-control bench-load chaos proto gpu-check base
+.PHONY: install demo cookbook test fuzz lint
+.PHONY: bench-train bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -59,6 +60,10 @@ cookbook: install
 test: install lint
 	.venv/bin/python -m pytest
 
+# 5,000 examples of what the OpenAPI document allows.
+fuzz: install
+	TINSMITH_FUZZ_EXAMPLES=5000 .venv/bin/python -m pytest tests/e2e/test_openapi.py $(ARGS)
+
 lint: install
 	.venv/bin/ruff check -q .
 	.venv/bin/ruff format -q --check . || { .venv/bin/ruff format --check . | head -20; exit 1; }
@@ -80,6 +85,10 @@ chaos: install
 # 200 clients on a fleet whose engine computes nothing (ARGS="--seconds 600").
 bench-load: install
 	.venv/bin/python -m tests.benchmarks.load $(ARGS)
+
+# What a tenant that misbehaves costs the others, and the memory it takes (ARGS="--seconds 20 --rounds 3").
+bench-abuse: install
+	.venv/bin/python -m tests.benchmarks.abuse $(ARGS)
 
 # Generate the codec from its schema.
 proto: install

@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Made = TypeVar("Made")
 
 # Reading a body larger than this takes longer than other requests should wait for the event loop.
-_READ_IN_THREAD_BYTES = 1 << 20
+READ_IN_THREAD_BYTES = 1 << 20
 
 
 class TooLarge(Exception):  # noqa: N818 - answered as 413
@@ -60,13 +60,13 @@ class Strict(Body):
     type: str | None = Field(None, exclude=True)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, at most `limit` bytes."""
+async def read_body(request: Request, limit: int, hold: Callable[[int], None] = lambda _: None) -> bytes:
+    """The whole body, at most `limit` bytes. `hold` is told the size of each part, and may refuse it."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise UnsupportedEncoding(f"send the body without Content-Encoding: {encoding}")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
         raise TooLarge(f"the body has {declared} bytes, the limit here is {limit}: send less at a time")
     parts, size = [], 0
     try:
@@ -74,6 +74,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             size += len(part)
             if size > limit:
                 raise TooLarge(f"the body has more than {limit} bytes: send less at a time")
+            hold(len(part))
             parts.append(part)
     except ClientDisconnect:
         raise InvalidInput("the connection ended before the body did") from None
@@ -82,7 +83,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 async def off_loop(size: int, read: Callable[[], Made]) -> Made:
     """`read()` of a body of `size` bytes; in a thread if the event loop would wait for it too long."""
-    return await asyncio.to_thread(read) if size > _READ_IN_THREAD_BYTES else read()
+    return await asyncio.to_thread(read) if size > READ_IN_THREAD_BYTES else read()
 
 
 def parse(model: type[Model], body: bytes) -> Model:

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -26,12 +26,17 @@ from tinsmith_api.limits import Calls, Limits, LocalCalls
 from tinsmith_api.memory import Memory
 from tinsmith_api.settings import Settings, open_objects
 from tinsmith_api.signer import Signer
+from tinsmith_api.uploads import Uploads
 
 Json = dict[str, Any]
 
 # How long a call waits for a base model that is being loaded; clients hang up after a minute.
 _LOADING_SECONDS = 50.0
 _PROMISES_AT_MOST = 100_000
+# Calls whose payload is the client's alone: into that of others the service puts names of objects and seeds.
+_COMPARED = (ops.FORWARD, ops.FORWARD_BACKWARD, ops.OPTIM_STEP)
+# Of more bytes only the number is compared, or the journal would keep others waiting.
+_COMPARED_BYTES = 1 << 20
 
 
 class Wakeups:
@@ -120,6 +125,7 @@ class Service:
         self._pools: Memory[dict[str, Pool]] = Memory(seconds=1)
         self._workers_changed = asyncio.Event()
         self.limits = Limits(settings, self.read, self._open_calls())
+        self.uploads = Uploads(2 * settings.max_forward_backward_bytes)
         self._chores: list[asyncio.Task[None]] = []
         self._retrieved: dict[str, float] = {}
 
@@ -222,6 +228,8 @@ class Service:
 
         def statement(connection: sa.Connection) -> tuple[Operation, bool, str | None]:
             entered, is_new = ops.submit(connection, operation)
+            if not is_new:
+                _check_same(connection, entered, operation)
             if is_new and (error := also(connection)) is not None:
                 entered = ops.refuse(connection, entered, error)
             if entered.kind == ops.SAMPLE:
@@ -274,6 +282,25 @@ class Service:
                     await asyncio.wait_for(self._workers_changed.wait(), 1.0)
         # A worker of another version may know more or less.
         return Facts(**{name: facts[name] for name in Facts.__dataclass_fields__ if name in facts})
+
+
+def _check_same(connection: sa.Connection, first: Operation, again: Operation) -> None:
+    """InvalidInput if a number that was used is sent with another call, which would be lost without a word.
+    What was refused, or would be now, says nothing of what it was."""
+    if first.error or again.error:
+        return
+    is_same = (first.kind, first.base_model, first.tokens) == (again.kind, again.base_model, again.tokens)
+    before = ops.payload(connection, first.request_id)
+    if is_same and again.kind in _COMPARED and before is not None and again.payload is not None:
+        # Protobuf writes maps in any order: of equal calls the bytes are the same, not their places.
+        is_same = len(before) == len(again.payload) and (
+            len(before) > _COMPARED_BYTES or Counter(before) == Counter(again.payload)
+        )
+    if not is_same:
+        raise InvalidInput(
+            f"seq_id {again.seq_id} of {again.subject} is taken by a {first.kind} of {first.tokens} tokens, "
+            f"and this {again.kind} of {again.tokens} is not the same: give every call a number of its own"
+        )
 
 
 async def _repeat(house: House, chore: str) -> None:

@@ -216,6 +216,13 @@ def fetch(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operati
     return [replace(_operation(row), payload=row.body) for row in rows]
 
 
+def payload(connection: sa.Connection, request_id: str) -> bytes | None:
+    """None if there is none, or no more: a snapshot covers it."""
+    statement = sa.select(payloads.c.body).where(payloads.c.request_id == request_id)
+    body: bytes | None = connection.execute(statement).scalar_one_or_none()
+    return body
+
+
 def look_up(connection: sa.Connection, request_ids: Sequence[str]) -> list[Operation]:
     """As `fetch`, without payloads."""
     rows = connection.execute(_LOOK_UP, {"of_requests": list(request_ids)})

@@ -62,7 +62,7 @@ async def get_own_key(mine: Mine) -> Response:
     )
 
 
-@router.delete("/auth/apikey/me")
+@router.delete("/auth/apikey/me", status_code=204)
 async def revoke_own_key(mine: Mine) -> Response:
     """In force at once in this process, after at most ten seconds in the others."""
     key_id = mine.caller.key_id

@@ -32,7 +32,14 @@ class RetrieveFuture(Body):
     allow_metadata_only: bool = False
 
 
-@router.post("/retrieve_future", openapi_extra=takes(RetrieveFuture))
+@router.post(
+    "/retrieve_future",
+    openapi_extra=takes(RetrieveFuture),
+    responses={
+        200: {"description": "The result, or why there is none", "content": {_PROTOBUF: {}}},
+        408: {"description": "Not finished yet: ask again"},
+    },
+)
 async def retrieve_future(mine: Mine, request: Request) -> Response:
     """The result, as soon as there is one; 408 to ask again, after having waited."""
     body = parse(RetrieveFuture, await read_body(request, mine.service.settings.max_body_bytes))
@@ -112,7 +119,7 @@ class CancelFuture(Body):
     request_id: str
 
 
-@router.post("/cancel_future", openapi_extra=takes(CancelFuture))
+@router.post("/cancel_future", status_code=204, openapi_extra=takes(CancelFuture))
 async def cancel_future(mine: MineToChange, request: Request) -> Response:
     """Nobody waits for this sample any more: it is not begun, or not gone on with, and costs nothing. One
     that is finished stays so."""

@@ -12,14 +12,17 @@ from tinsmith.errors import InvalidInput
 from tinsmith.wire import json_form
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.datums import array, shape_of
-from tinsmith_api.bodies import Body, Strict, off_loop, parse, read_body, reply, takes
+from tinsmith_api.bodies import Body, Strict, parse, read_body, reply, takes
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.owner import Mine, MineToChange, Owner, check_usable
 from tinsmith_api.service import Facts
+from tinsmith_api.uploads import check_json
 
 router = APIRouter(prefix="/api/v1")
+
+Json = dict[str, Any]
 
 _MAX_SAMPLES = 1024
 _MAX_TOPK = 128
@@ -123,8 +126,13 @@ class Sample(Body):
 
 @router.post("/asample", openapi_extra=takes(Sample))
 async def asample(mine: MineToChange, request: Request) -> Response:
-    raw = await read_body(request, mine.service.settings.max_sample_bytes)
-    body = await off_loop(len(raw), lambda: parse(Sample, raw))
+    async with mine.receive(request, mine.service.settings.max_sample_bytes) as raw:
+        check_json(raw)
+        body = await mine.in_turn(len(raw), lambda: parse(Sample, raw))
+        return reply(await _sample(mine, body, len(raw)))
+
+
+async def _sample(mine: Owner, body: Sample, size: int) -> Json:
     if body.sampling_session_id is None:
         raise InvalidInput("asample needs sampling_session_id: create_sampling_session makes one of a model")
     sampler = await mine.sampler(body.sampling_session_id)
@@ -136,7 +144,7 @@ async def asample(mine: MineToChange, request: Request) -> Response:
     facts = await mine.service.facts(sampler.base_model)
     request_id = uuid.uuid4().hex
     sequence_ids = [f"{request_id}-{i}" for i in range(body.num_samples)]
-    task = await off_loop(len(raw), lambda: _task(body, facts))
+    task = await mine.in_turn(size, lambda: _task(body, facts))
     task.object_prefix = await _weights(mine, sampler)
     task.sequence_ids.extend(sequence_ids)
     operation = Operation(
@@ -150,7 +158,7 @@ async def asample(mine: MineToChange, request: Request) -> Response:
         request_id=request_id,
         payload=task.SerializeToString(),
     )
-    return reply(await mine.submit(operation))
+    return await mine.submit(operation)
 
 
 async def _weights(mine: Owner, sampler: Any) -> str:

@@ -65,7 +65,7 @@ class AssignProject(Strict):
     project_id: Short
 
 
-@router.put("/sessions/{session_id}/project", openapi_extra=takes(AssignProject))
+@router.put("/sessions/{session_id}/project", status_code=204, openapi_extra=takes(AssignProject))
 async def assign_project(mine: MineToChange, session_id: str, request: Request) -> Response:
     """By id or name. What the session used before goes with it."""
     body = parse(AssignProject, await read_body(request, mine.service.settings.max_body_bytes))

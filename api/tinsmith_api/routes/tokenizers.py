@@ -13,7 +13,7 @@ from tinsmith_api.owner import Mine
 router = APIRouter(prefix="/api/v1")
 
 
-@router.get("/tokenizers/{base_model:path}")
+@router.get("/tokenizers/{base_model:path}", responses={304: {"description": "It has not changed"}})
 async def get_tokenizer(mine: Mine, base_model: str, request: Request) -> Response:
     """`{"files": {name: text}}`: tokenizer.json, tokenizer_config.json, chat_template.jinja. The ETag changes
     when they do."""

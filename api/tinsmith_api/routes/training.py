@@ -20,7 +20,6 @@ from tinsmith_api.bodies import (
     Metadata,
     Model,
     Strict,
-    off_loop,
     parse,
     parse_any,
     read_body,
@@ -33,6 +32,7 @@ from tinsmith_api.journal.operations import Operation, insert_if_new
 from tinsmith_api.journal.store import Statement
 from tinsmith_api.journal.tables import operations, runs, sampling_sessions
 from tinsmith_api.owner import Mine, MineToChange, Owner, check_usable
+from tinsmith_api.uploads import check_json, check_protobuf
 
 router = APIRouter(prefix="/api/v1")
 
@@ -152,31 +152,52 @@ async def get_info(mine: Mine, request: Request) -> Response:
     )
 
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "description": "ForwardBackwardRequest of tinsmith.proto; or JSON, from older clients",
-        "content": {
-            "application/x-protobuf": {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {"schema": {"type": "object"}},
-        },
-    }
-}
+def _batch_of(member: str, *media_types: str) -> Json:
+    """For a route's `openapi_extra`: a batch in JSON, as older clients send it, and in other forms."""
+    text: Json = {"type": "string"}
+    numbers: Json = {"type": "array", "items": {"type": "number"}}
+    tokens: Json = {"type": "array", "items": {"type": "integer"}}
+    tensor = _object(
+        "data", data=numbers, dtype={"enum": ["int64", "float32"]}, shape=tokens, sparse_crow_indices=tokens,
+        sparse_col_indices=tokens,
+    )  # fmt: skip
+    chunk = _object("tokens", type={"enum": ["encoded_text"]}, tokens=tokens)
+    datum = _object(
+        *("model_input", "loss_fn_inputs"),
+        model_input=_object("chunks", chunks={"type": "array", "items": chunk}),
+        loss_fn_inputs={"type": "object", "additionalProperties": tensor},
+    )
+    batch = _object(
+        *("data", "loss_fn"),
+        data={"type": "array", "items": datum},
+        loss_fn=text,
+        loss_fn_config={"type": "object", "additionalProperties": {"type": ["number", "string"]}},
+    )
+    seq_id = {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
+    body = _object(*("model_id", "seq_id", member), model_id=text, seq_id=seq_id, **{member: batch})
+    others = {name: {"schema": {"type": "string", "format": "binary"}} for name in media_types}
+    return {"requestBody": {"required": True, "content": {**others, "application/json": {"schema": body}}}}
 
 
-@router.post("/forward_backward", openapi_extra=_BODY)
+def _object(*required: str, **properties: Json) -> Json:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+@router.post("/forward_backward", openapi_extra=_batch_of("forward_backward_input", "application/x-protobuf"))
 async def forward_backward(mine: MineToChange, request: Request) -> Response:
-    body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
-    if "protobuf" in request.headers.get("content-type", ""):
-        return reply(await _forward_backward(mine, datums.parse(body), body))
-    return reply(await _forward_backward_json(mine, body, "forward_backward_input"))
+    """A ForwardBackwardRequest of tinsmith.proto; or JSON, from older clients."""
+    async with mine.receive(request, mine.service.settings.max_forward_backward_bytes) as body:
+        if "protobuf" not in request.headers.get("content-type", ""):
+            return reply(await _forward_backward_json(mine, body, "forward_backward_input"))
+        message = await mine.in_turn(len(body), lambda: _parse_protobuf(body))
+        return reply(await _forward_backward(mine, message, body))
 
 
-@router.post("/forward", openapi_extra=_BODY)
+@router.post("/forward", openapi_extra=_batch_of("forward_input"))
 async def forward(mine: MineToChange, request: Request) -> Response:
     """Older clients only; newer ones send forward_backward with forward_only."""
-    body = await read_body(request, mine.service.settings.max_forward_backward_bytes)
-    return reply(await _forward_backward_json(mine, body, "forward_input"))
+    async with mine.receive(request, mine.service.settings.max_forward_backward_bytes) as body:
+        return reply(await _forward_backward_json(mine, body, "forward_input"))
 
 
 class Adam(Strict):
@@ -398,10 +419,16 @@ async def _create(
     return await mine.submit(operation, insert_run)
 
 
+def _parse_protobuf(body: bytes) -> pb.ForwardBackwardRequest:
+    check_protobuf(body, pb.ForwardBackwardRequest)
+    return datums.parse(body)
+
+
 async def _forward_backward_json(mine: Owner, body: bytes, member: str) -> Json:
-    given = await off_loop(len(body), lambda: parse_any(body))
+    check_json(body)
+    given = await mine.in_turn(len(body), lambda: parse_any(body))
     try:
-        message = await off_loop(len(body), lambda: json_form.read_request(given, member))
+        message = await mine.in_turn(len(body), lambda: json_form.read_request(given, member))
     except InvalidInput as error:
         if isinstance(given, dict):
             await _consume(mine, given.get("model_id"), given.get("seq_id"), error)
@@ -425,7 +452,7 @@ async def _forward_backward(mine: Owner, message: pb.ForwardBackwardRequest, bod
         if message.loss_fn == provenance.LOSS:
             await provenance.fill(mine, message)
             body = message.SerializeToString()
-        tokens = await off_loop(len(body), count_tokens)
+        tokens = await mine.in_turn(len(body), count_tokens)
     except InvalidInput as error:
         return await _refuse(mine, run, message.seq_id, ops.FORWARD_BACKWARD, error)
     return await _submit(

@@ -35,7 +35,7 @@ _LINK_SECONDS = 3600
 _MAKING_SECONDS = 10.0
 
 
-@router.delete(_ONE)
+@router.delete(_ONE, status_code=204)
 async def delete_checkpoint(mine: MineToChange, run_id: str, kind: str, name: str) -> Response:
     path = await _own(mine, run_id, kind, name)
 
@@ -47,13 +47,13 @@ async def delete_checkpoint(mine: MineToChange, run_id: str, kind: str, name: st
     return Response(status_code=204)
 
 
-@router.post(_ONE + "/publish")
+@router.post(_ONE + "/publish", status_code=204)
 async def publish_checkpoint(mine: MineToChange, run_id: str, kind: str, name: str) -> Response:
     """Every tenant may read it from now on: load it, sample it, copy it, download it."""
     return await _publish(mine, await _own(mine, run_id, kind, name), is_public=True)
 
 
-@router.delete(_ONE + "/publish")
+@router.delete(_ONE + "/publish", status_code=204)
 async def unpublish_checkpoint(mine: MineToChange, run_id: str, kind: str, name: str) -> Response:
     return await _publish(mine, await _own(mine, run_id, kind, name), is_public=False)
 
@@ -62,7 +62,7 @@ class Ttl(Body):
     ttl_seconds: TtlSeconds | None
 
 
-@router.put(_ONE + "/ttl", openapi_extra=takes(Ttl))
+@router.put(_ONE + "/ttl", status_code=204, openapi_extra=takes(Ttl))
 async def set_ttl(mine: MineToChange, run_id: str, kind: str, name: str, request: Request) -> Response:
     body = parse(Ttl, await read_body(request, mine.service.settings.max_body_bytes))
     path = await _own(mine, run_id, kind, name)
@@ -90,7 +90,7 @@ async def external_weights_urls(mine: Mine, run_id: str, kind: str, name: str, r
     return reply({"urls": urls, "expires": expires.isoformat()})
 
 
-@router.get(_ONE + "/archive")
+@router.get(_ONE + "/archive", status_code=302)
 async def archive(mine: Mine, run_id: str, kind: str, name: str, request: Request) -> Response:
     """For older clients: a tar of the adapter. 302 to where it lies, 503 while it is being made."""
     path = checkpoints.path_of(run_id, kind, name)
@@ -107,7 +107,11 @@ async def archive(mine: Mine, run_id: str, kind: str, name: str, request: Reques
     return Response(status_code=302, headers=headers)
 
 
-@router.get("/downloads/{name}")
+@router.get(
+    "/downloads/{name}",
+    responses={200: {"content": {"application/octet-stream": {}}}},
+    response_class=Response,
+)
 async def download(service: ServiceOf, name: str, token: Annotated[str, Query(max_length=4096)]) -> Response:
     """A file, for whoever has the address that was made for it."""
     try:

@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 import itertools
-import math
 import os
 import random
 import threading
@@ -38,9 +37,9 @@ _POLL_SECONDS = 45.0
 # would run into the usual limit of 1024 open files. Everything else is awaited by others, so that it never
 # stands in line behind samples.
 _SENDERS, _SAMPLE_WAITERS, _WAITERS = 32, 400, 64
-# A service that takes so long for the quickest of its first answers is far away: there calls are sent from
+# A service that usually takes so long to take a call on is far away or busy: calls are sent to it from
 # another thread, so that a step's two are under way together and not one after the other's answer.
-_FAR_SECONDS, _FIRST_ANSWERS = 0.02, 10
+_SLOW_SECONDS, _FIRST_ANSWERS = 0.02, 10
 # While an account is not in order, a call is repeated so often, as the official SDK does.
 _BILLING_PAUSE_SECONDS = 5.0
 # The version of the wire that this client speaks, by the official SDK's number.
@@ -102,7 +101,7 @@ class Connection:
         self._senders = Threads(_SENDERS)
         self._give_up_seconds = give_up_seconds
         self._answered_once = False
-        self._quickest_seconds, self._answers = math.inf, 0
+        self._answers, self._usual_seconds = 0, 0.0
         self._closed = threading.Event()
         self._config: dict[str, Any] | None = None
         self._greeting = threading.Lock()
@@ -124,13 +123,13 @@ class Connection:
         **request: Any,
     ) -> Sent:
         """Send the same bytes until the service answers; done when it has, unless an event loop runs in this
-        thread, the service is far away, or the caller wants it `aside`. Calls carry their number (seq_id):
+        thread, the service answers slowly, or the caller wants it `aside`. Calls carry their number (seq_id):
         one whose answer got lost is not applied twice. `until` is when time.monotonic() makes it a
         TimeoutError."""
         sent, since = Sent(), time.monotonic()
         options = {"fatal": fatal, "patience": patience, **request}
         sent.again = functools.partial(self.send, method, path, aside=aside, **options)
-        if (in_event_loop() or self._is_far()) if aside is None else aside:
+        if (in_event_loop() or self._is_slow()) if aside is None else aside:
             here = functools.partial(self.send, method, path, aside=False, until=until, **options)
             self._senders.run(lambda: here().result(), sent)
             return sent
@@ -151,8 +150,9 @@ class Connection:
                         give_up = min(give_up, _FIRST_CONTACT_SECONDS)
                 else:
                     self._answered_once = True
-                    self._answers += 1
-                    self._quickest_seconds = min(self._quickest_seconds, time.monotonic() - asked)
+                    if path != "retrieve_future":  # which takes as long as what it waits for
+                        self._answers += 1
+                        self._usual_seconds += 0.2 * (time.monotonic() - asked - self._usual_seconds)
                     # 304: what the caller has is still right. 408: there is no result yet.
                     status = response.status_code
                     if response.is_success or status == 304 or (status == 408 and path == "retrieve_future"):
@@ -250,8 +250,8 @@ class Connection:
                 self._config = config
         return self._config
 
-    def _is_far(self) -> bool:
-        return self._answers >= _FIRST_ANSWERS and self._quickest_seconds > _FAR_SECONDS
+    def _is_slow(self) -> bool:
+        return self._answers >= _FIRST_ANSWERS and self._usual_seconds > _SLOW_SECONDS
 
     def _http(self) -> httpx.Client:
         """Of this thread. One for all would look through its hundreds of connections for every request."""

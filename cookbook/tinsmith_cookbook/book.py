@@ -20,7 +20,7 @@ from typing import Any
 from tinsmith_cookbook import service, tracking
 from tinsmith_cookbook.registry import RECIPES, Recipe
 
-LIMIT_SECONDS = 400
+LIMIT_SECONDS = 600
 GRACE_SECONDS = 30
 
 

@@ -39,7 +39,7 @@ def test_the_simple_case_needs_no_thread_and_no_event_loop(stub: Stub) -> None:
         assert threads() == before
 
 
-def test_calls_to_a_service_that_is_far_away_are_under_way_together(
+def test_calls_to_a_service_that_answers_slowly_are_under_way_together(
     stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step in a plain loop waits for two answers one after the other, and not for four."""

@@ -421,8 +421,8 @@ class TrainingClient:
         )
 
     def _skip(self, seq_ids: Iterable[int]) -> None:
-        """Use numbers up that were taken: the service waits for every one. A forward pass changes nothing,
-        and one whose number arrived with its call is taken for a repetition of that. Nobody waits for it."""
+        """Use numbers up that were taken: the service waits for every one. A forward pass changes nothing;
+        one whose number did arrive, with its call, is refused. Nobody waits for either."""
         nothing = Datum(ModelInput.from_ints([0]), {"target_tokens": [0], "weights": [0.0]})
         for seq_id in seq_ids:
             (request,) = pack([nothing], "cross_entropy", forward_only=True)

@@ -412,7 +412,8 @@ def test_a_call_ended_by_ctrl_c_while_the_service_is_away_leaves_no_gap(
     training.optim_step().result(10)
     taken = {"custom": [1, 2]}.get(call, [1])
     assert stub.of("optim_step")[-1].json["seq_id"] == taken[-1] + 1
-    wait_until(lambda: [p.seq_id for p in passes(stub) if p.forward_only][-len(taken) :] == taken)
+    tried = {"custom": 1}.get(call, 0)  # the forward pass that was interrupted
+    wait_until(lambda: {p.seq_id for p in passes(stub)[tried:] if p.forward_only} >= set(taken))
 
 
 def test_what_json_has_no_form_for_is_refused_and_leaves_no_gap(

@@ -4,7 +4,9 @@ import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -56,6 +58,33 @@ def test_training_lowers_the_loss_and_samplers_stay_as_saved(training: tinsmith.
     assert early.compute_logprobs(prompt).result(60) == before
     late = training.save_weights_and_get_sampling_client().result(60)
     assert late.compute_logprobs(prompt).result(60) != before
+
+
+@pytest.mark.parametrize("has_arrived", [False, True])
+def test_a_run_goes_on_after_ctrl_c_while_a_call_was_sent(
+    training: tinsmith.TrainingClient, monkeypatch: pytest.MonkeyPatch, has_arrived: bool
+) -> None:
+    """Whether the call had reached the service or not; it is applied once, or not at all."""
+    request = httpx.Client.request
+
+    class Interrupted(BaseException):
+        """As KeyboardInterrupt, which would end pytest."""
+
+    def interrupted(self: httpx.Client, method: str, url: str, **rest: Any) -> httpx.Response:
+        if rest.get("content"):
+            monkeypatch.setattr(httpx.Client, "request", request)
+            if has_arrived:
+                request(self, method, url, **rest)
+            raise Interrupted
+        return request(self, method, url, **rest)
+
+    before = training.forward_backward(DATA, "cross_entropy").result(60).metrics["loss:sum"]
+    monkeypatch.setattr(httpx.Client, "request", interrupted)
+    with pytest.raises(Interrupted):
+        training.optim_step(AdamParams(learning_rate=1e-2))
+    after = training.forward(DATA, "cross_entropy").result(60).metrics["loss:sum"]
+    assert (after < 0.9 * before) == has_arrived
+    assert [row["kind"] for row in training.metrics()].count("optim_step") == has_arrived
 
 
 def test_an_await_and_a_result_are_the_same(training: tinsmith.TrainingClient) -> None:

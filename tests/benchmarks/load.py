@@ -116,7 +116,7 @@ async def _step(place: Place, request_id: str) -> int:
     waiter = await _connect(RawTenant(place, 0))
     answer = json.loads(await waiter.result(request_id))
     waiter.writer.close()
-    return int(answer["metrics"]["step"])
+    return int(answer["metrics"]["optimizer_step"])
 
 
 async def _connect(tenant: RawTenant) -> RawTenant:

@@ -344,7 +344,7 @@ def test_a_number_that_is_sent_again_with_another_call_is_refused_and_the_first_
     wire.optim(run, 3, learning_rate=2e-3)
     assert wire.status == 400
     assert wire.optim(run, 3, learning_rate=1e-3) == stepped
-    assert wire.result(wire.optim(run, 2))["metrics"]["step"] == 1
+    assert wire.result(wire.optim(run, 2))["metrics"]["optimizer_step"] == 1
     sampler = _sampler(wire)
     sample = wire.sample(sampler, 7, [1, 2, 3])
     wire.sample(sampler, 7, [1, 2, 3, 4, 5])

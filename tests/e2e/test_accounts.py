@@ -550,7 +550,7 @@ def test_a_run_has_a_curve_and_a_cost(jwt_service: RunningService) -> None:
     assert [(r["seq_id"], r["kind"]) for r in curve["rows"]] == [
         (n, "forward_backward" if n % 2 else "optim_step") for n in range(1, 7)
     ]
-    assert [r.get("loss:sum", r.get("step")) for r in curve["rows"]] == [0, 1, 0, 2, 0, 3]
+    assert [r.get("loss:sum", r.get("optimizer_step")) for r in curve["rows"]] == [0, 1, 0, 2, 0, 3]
     assert curve["next"] is None
     assert all(r["compute_seconds"] >= 0 and r["queue_seconds"] >= 0 for r in curve["rows"])
     pages, after = [], 0

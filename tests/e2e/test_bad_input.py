@@ -245,7 +245,7 @@ def test_a_call_far_above_its_runs_numbers_is_refused_and_consumes_nothing(wire:
             assert "seq_id" in call(far)["detail"], name
             assert wire.status == 400, name
     assert wire.get("/training_runs/" + run)["last_checkpoint"] is None
-    assert wire.result(wire.optim(run, 1))["metrics"]["step"] == 1
+    assert wire.result(wire.optim(run, 1))["metrics"]["optimizer_step"] == 1
     ahead = wire.optim(run, 10_001)
     assert "request_id" in ahead
     assert wire.optim(run, 10_001) == ahead
@@ -412,7 +412,7 @@ def test_bad_prompts_are_refused(wire: Wire) -> None:
 
 def test_after_all_that_the_run_still_trains(wire: Wire, run: str, seq: Numbers) -> None:
     assert wire.output(wire.submit(run, seq(), datum([1, 2, 3]))).metrics["loss:sum"] > 0
-    assert wire.result(wire.optim(run, seq()))["metrics"]["step"] == 1
+    assert wire.result(wire.optim(run, seq()))["metrics"]["optimizer_step"] == 1
 
 
 PATHS = (

@@ -47,5 +47,5 @@ def test_calls_go_on_over_kills_and_are_applied_once(running: RunningService) ->
     thread.join(120)
     assert found == [train(undisturbed)]
     assert logprobs(trained) == logprobs(undisturbed)
-    assert trained.optim_step(AdamParams(learning_rate=0.0)).result(60).metrics["step"] == STEPS + 1
+    assert trained.optim_step(AdamParams(learning_rate=0.0)).result(60).metrics["optimizer_step"] == STEPS + 1
     client.close().result(20)

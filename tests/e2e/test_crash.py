@@ -67,7 +67,7 @@ def _train(service: Fragile, name: str) -> tuple[list[np.ndarray], dict[str, np.
             if step >= 2:
                 steps[step - 2][1].result()
         seen = [out["logprobs"].to_numpy() for passed, _ in steps for out in passed.result().loss_fn_outputs]
-        counted = [stepped.result().metrics["step"] for _, stepped in steps]
+        counted = [stepped.result().metrics["optimizer_step"] for _, stepped in steps]
         assert counted == list(range(1, STEPS + 1))
         path = run.save_state(name).result().path
     (prefix,) = service.sql("select object_prefix from checkpoints where path = ?", path)[0]
@@ -128,11 +128,11 @@ def test_killing_everything_and_starting_again_goes_on(fragile: Fragile) -> None
     fragile.kill()
     fragile.restart()
     wire = Wire(fragile.url, fragile.key)
-    assert wire.result(futures[0])["metrics"]["step"] == 1
+    assert wire.result(futures[0])["metrics"]["optimizer_step"] == 1
     after = logprobs(wire.output(futures[1]))
     assert not np.array_equal(before, after), "the step was lost"
     path = wire.result(futures[2])["path"]
-    assert wire.result(futures[3])["metrics"]["step"] == 2
+    assert wire.result(futures[3])["metrics"]["optimizer_step"] == 2
     sampler = wire.result(sampling)["sampling_session_id"]
     one = wire.sampled(wire.sample(sampler, 0, [1, 2, 3]))
     fragile.kill()
@@ -177,7 +177,7 @@ def test_a_worker_asked_to_leave_hands_over_without_replay(fragile: RunningServi
     assert "ended with code 0" in fragile.log_text()
     ((covered,),) = fragile.sql("select snapshot_seq from runs where id = ?", run)
     assert covered == 6, "the last operation is not in the snapshot"
-    assert wire.result(wire.optim(run, 7))["metrics"]["step"] == 4
+    assert wire.result(wire.optim(run, 7))["metrics"]["optimizer_step"] == 4
 
 
 @pytest.mark.slow
@@ -193,6 +193,6 @@ def test_a_control_plane_killed_alone_takes_its_worker_with_it_and_comes_back(
     wire = Wire(fragile.url, fragile.key)
     future = wire.submit(run, 1, datum([1, 2, 3]))
     assert wire.output(future).metrics["loss:sum"] > 0
-    assert wire.result(wire.optim(run, 2))["metrics"]["step"] == 1
+    assert wire.result(wire.optim(run, 2))["metrics"]["optimizer_step"] == 1
     assert fragile.worker_pid() != orphan
     assert not Path(f"/proc/{orphan}").exists() or "Z" in Path(f"/proc/{orphan}/stat").read_text().split()[2]

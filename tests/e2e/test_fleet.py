@@ -60,7 +60,7 @@ def test_a_dead_worker_s_run_goes_on_elsewhere_within_fifteen_seconds(fleet: Run
     fleet.processes[holder].kill()
     started = time.monotonic()
     # Submitted through one API process, fetched through another.
-    assert other.result(wire.optim(run, 2))["metrics"]["step"] == 1
+    assert other.result(wire.optim(run, 2))["metrics"]["optimizer_step"] == 1
     assert time.monotonic() - started < 15.0
     assert _worker_of(fleet, run) != before
     fleet.paused.remove(holder)
@@ -79,11 +79,11 @@ def test_a_worker_that_is_drained_hands_over_leaves_with_0_and_nobody_notices(fl
     process = fleet.processes[name]
     assert leaving in fleet.admin("workers", "list")
     fleet.admin("workers", "drain", leaving)
-    assert wire.result(wire.optim(run, 7))["metrics"]["step"] == 4
+    assert wire.result(wire.optim(run, 7))["metrics"]["optimizer_step"] == 4
     assert process.wait(timeout=30) == 0
     ((covered,),) = fleet.sql("select snapshot_seq from runs where id = ?", run)
     assert covered in (6, 7), "its last call is not in the snapshot"
-    assert wire.result(wire.optim(run, 8))["metrics"]["step"] == 5
+    assert wire.result(wire.optim(run, 8))["metrics"]["optimizer_step"] == 5
     assert _worker_of(fleet, run) != leaving
     wait_until(lambda: len(fleet.ready_workers()) == 2, 60, "another in its place")
 
@@ -116,11 +116,11 @@ def test_a_lost_redis_costs_a_moment_and_no_call(fleet: RunningFleet) -> None:
     futures = [wire.submit(run, 1, datum([1, 2, 3, 4])), wire.optim(run, 2)]
     assert wire.status == 200, "submissions need no Redis"
     started = time.monotonic()
-    assert wire.result(futures[1])["metrics"]["step"] == 1, "nor does their execution"
+    assert wire.result(futures[1])["metrics"]["optimizer_step"] == 1, "nor does their execution"
     fleet.redis.start()
     assert time.monotonic() - started < 30
     wire.submit(run, 3, datum([1, 2, 3, 4]))
-    assert wire.result(wire.optim(run, 4))["metrics"]["step"] == 2
+    assert wire.result(wire.optim(run, 4))["metrics"]["optimizer_step"] == 2
 
 
 @pytest.mark.slow

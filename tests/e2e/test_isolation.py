@@ -116,7 +116,7 @@ def test_lists_show_only_what_is_ones_own(owner: Wire, stranger: Wire, things: J
 
 def test_the_owner_notices_nothing_of_the_attempts(owner: Wire, things: Json) -> None:
     assert owner.output(things["future"]).metrics["loss:sum"] == 0
-    assert owner.result(owner.optim(things["run"], 5))["metrics"]["step"] == 1
+    assert owner.result(owner.optim(things["run"], 5))["metrics"]["optimizer_step"] == 1
     listed = owner.get(f"/training_runs/{things['run']}/checkpoints")["checkpoints"]
     assert things["path"] in [checkpoint["tinker_path"] for checkpoint in listed]
     assert not [checkpoint for checkpoint in listed if checkpoint["public"] or checkpoint["expires_at"]]

@@ -23,9 +23,9 @@ def test_an_id_is_accepted_before_the_ones_in_front_of_it(wire: Wire) -> None:
     second = wire.submit(run, 2, datum([1, 2, 3]))
     assert wire.status == 200
     first = wire.optim(run, 1)
-    assert wire.result(first)["metrics"]["step"] == 1
+    assert wire.result(first)["metrics"]["optimizer_step"] == 1
     assert wire.output(second).metrics["loss:sum"] == 0
-    assert wire.result(third)["metrics"]["step"] == 2
+    assert wire.result(third)["metrics"]["optimizer_step"] == 2
 
 
 def test_chunk_1_arriving_last_comes_first(wire: Wire) -> None:
@@ -33,7 +33,7 @@ def test_chunk_1_arriving_last_comes_first(wire: Wire) -> None:
     later = [wire.optim(run, seq) for seq in (5, 3, 4, 2)]
     first = wire.optim(run, 1)
     steps = {
-        seq: wire.result(f)["metrics"]["step"]
+        seq: wire.result(f)["metrics"]["optimizer_step"]
         for seq, f in zip((5, 3, 4, 2, 1), [*later, first], strict=True)
     }
     assert steps == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5}
@@ -53,8 +53,8 @@ def test_every_verb_sent_twice_is_applied_once(wire: Wire) -> None:
         "model_id"
     ]
     assert wire.submit(run, 1, datum([1, 2])) == wire.submit(run, 1, datum([1, 2]))
-    assert twice("/optim_step", model_id=run, seq_id=2, adam_params={})["metrics"]["step"] == 1
-    assert twice("/optim_step", model_id=run, seq_id=3, adam_params={})["metrics"]["step"] == 2
+    assert twice("/optim_step", model_id=run, seq_id=2, adam_params={})["metrics"]["optimizer_step"] == 1
+    assert twice("/optim_step", model_id=run, seq_id=3, adam_params={})["metrics"]["optimizer_step"] == 2
     saved = twice("/save_weights", model_id=run, seq_id=4, path="a")["path"]
     sampler_path = twice("/save_weights_for_sampler", model_id=run, seq_id=5, path="b")["path"]
     unnamed = twice("/save_weights_for_sampler", model_id=run, seq_id=6, sampling_session_seq_id=0)
@@ -82,7 +82,7 @@ def test_a_refused_call_consumes_its_number(wire: Wire) -> None:
     # Refused at the door, not in a future: the number counts all the same.
     wire.post("/optim_step", model_id=run, seq_id=2, adam_params={"beta1": 2})
     assert wire.status == 400
-    assert wire.result(wire.optim(run, 3))["metrics"]["step"] == 1
+    assert wire.result(wire.optim(run, 3))["metrics"]["optimizer_step"] == 1
 
 
 def test_a_gap_that_never_closes_fails_what_is_behind_it_and_the_run_goes_on(wire: Wire) -> None:
@@ -94,7 +94,7 @@ def test_a_gap_that_never_closes_fails_what_is_behind_it_and_the_run_goes_on(wir
         assert failure["category"] == "user"
         assert "1 to 2 did not all arrive" in failure["error"]
     assert time.monotonic() - started < 10
-    assert wire.result(wire.optim(run, 5))["metrics"]["step"] == 1
+    assert wire.result(wire.optim(run, 5))["metrics"]["optimizer_step"] == 1
     assert "given up" in wire.result(wire.optim(run, 1))["error"]
 
 
@@ -115,7 +115,7 @@ def test_many_waiters_on_one_future_all_wake(wire: Wire) -> None:
         results = [pool.submit(wire.result, waiting) for _ in range(8)]
         time.sleep(0.2)
         wire.optim(run, 1)
-        assert {r.result()["metrics"]["step"] for r in results} == {2}
+        assert {r.result()["metrics"]["optimizer_step"] for r in results} == {2}
 
 
 def test_a_failed_save_leaves_its_name_free(tmp_path: Path) -> None:

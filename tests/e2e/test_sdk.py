@@ -258,7 +258,7 @@ def test_resume_continues_bit_for_bit(client: tinker.ServiceClient) -> None:
     weights_only = client.create_training_client_from_state(path).result()
     first = train(weights_only, 1)
     assert first != train(weights_only, 1)
-    assert weights_only.optim_step(types.AdamParams()).result().metrics["step"] == 3
+    assert weights_only.optim_step(types.AdamParams()).result().metrics["optimizer_step"] == 3
 
 
 def test_load_state_into_a_living_run(client: tinker.ServiceClient) -> None:

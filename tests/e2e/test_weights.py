@@ -112,6 +112,21 @@ def test_an_export_is_downloaded_in_peft_s_form_without_a_key(run: Run, rest: ti
     assert (listed.checkpoint_type, listed.size_bytes) == ("external", sum(map(len, files.values())))
 
 
+def test_clients_that_know_no_exports_are_shown_none(run: Run, wire: Wire) -> None:
+    """They would refuse the whole page."""
+    kept, export = run.save("state"), run.save("out", "save_weights_external")
+    shown = {}
+    for version in ("0.16.1", "0.25.0", "0.30.4", "1.0.0", "", "0." + "9" * 5000):
+        headers = {"x-stainless-package-version": version}
+        for path in (f"/training_runs/{run.id}/checkpoints", "/checkpoints?limit=1000"):
+            listed = wire.http.get(path, headers=headers).json()["checkpoints"]
+            shown[version, path[:4]] = {c["tinker_path"] for c in listed} & {kept, export}
+    assert {key for key, paths in shown.items() if paths == {kept}} == {
+        (version, path) for version in ("0.16.1", "0.25.0") for path in ("/tra", "/che")
+    }
+    assert all(paths in ({kept}, {kept, export}) for paths in shown.values())
+
+
 def test_an_encrypted_export_is_opened_by_its_recipients_only(run: Run, rest: tinker.RestClient) -> None:
     alice, bob, eve = (pyrage.x25519.Identity.generate() for _ in range(3))
     recipients = [str(alice.to_public()), str(bob.to_public())]
@@ -265,7 +280,7 @@ def test_others_train_on_from_what_was_published(run: Run, other: Wire, wire: Wi
     session = other.session()
     made = other.post("/load_weights", session_id=session, model_seq_id=0, path=path, optimizer=True)
     assert other.result(made)["path"] == path
-    assert other.result(other.optim(made["model_id"], 1))["metrics"]["step"] == 2
+    assert other.result(other.optim(made["model_id"], 1))["metrics"]["optimizer_step"] == 2
 
 
 def test_new_weights_under_a_published_name_are_not_published(run: Run, wire: Wire, other: Wire) -> None:

@@ -46,7 +46,7 @@ def test_steps_equal_torch_adamw_on_peft(steps: list[AdamParams]) -> None:
         optimizer.step()
         assert not isinstance(metrics, Failure)
         assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-        assert metrics["step"] == number + 1
+        assert metrics["optimizer_step"] == number + 1
         assert metrics["learning_rate"] == params.learning_rate
     state = engine.state("run")
     parameters = dict(model.named_parameters())

@@ -66,7 +66,11 @@ class NullEngine:
     def _step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
         state = self._runs[run_id]
         self._runs[run_id] = replace(state, weights=state.weights + 1, gradient=None, step=state.step + 1)
-        return {"grad_norm": 0.0, "step": float(state.step + 1), "learning_rate": params.learning_rate}
+        return {
+            "grad_norm": 0.0,
+            "optimizer_step": float(state.step + 1),
+            "learning_rate": params.learning_rate,
+        }
 
 
 class NullSampler:

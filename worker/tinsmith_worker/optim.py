@@ -15,7 +15,8 @@ def steps(wanted: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float]
     """Apply the accumulated gradient (zeros if there is none) of each adapter and clear it.
 
     Clipping is torch.nn.utils.clip_grad_norm_ over all of an adapter's tensors. The metrics are `grad_norm`
-    (before clipping), `step` and `learning_rate`. A gradient that is not finite is a Failure: it is cleared,
+    (before clipping), `optimizer_step` and `learning_rate`: not `step`, for clients merge them into rows of
+    their own, which have one. A gradient that is not finite is a Failure: it is cleared,
     everything else of that adapter stays as it was. Parameters that float32 cannot compute with are a Failure
     that leaves the gradient as well. Waits for the device once, when everything is on its way.
     """
@@ -60,7 +61,11 @@ def _finish(adapter: Adapter, params: AdamParams, grad_norm: float) -> dict[str,
             "as they were; look for extreme weights, advantages or logprobs in the batches of this step"
         )
     adapter.step += 1
-    return {"grad_norm": grad_norm, "step": float(adapter.step), "learning_rate": params.learning_rate}
+    return {
+        "grad_norm": grad_norm,
+        "optimizer_step": float(adapter.step),
+        "learning_rate": params.learning_rate,
+    }
 
 
 def _trouble(params: AdamParams, step: int) -> str:

@@ -166,6 +166,7 @@ def listing(
     run_id: str | None = None,
     member_id: str | None = None,
     only_published: bool = False,
+    with_exports: bool = True,
     limit: int,
     offset: int = 0,
 ) -> tuple[list[sa.Row[Any]], int]:
@@ -183,6 +184,8 @@ def listing(
         where.append(checkpoints.c.run_id.in_(its))
     if only_published:
         where.append(_IS_PUBLIC)
+    if not with_exports:
+        where.append(checkpoints.c.kind != "external_weights")
     total = connection.execute(sa.select(sa.func.count()).select_from(checkpoints).where(*where)).scalar_one()
     page = sa.select(checkpoints).where(*where).order_by(checkpoints.c.created_at.desc(), checkpoints.c.path)
     return list(connection.execute(page.limit(limit).offset(offset)).all()), total

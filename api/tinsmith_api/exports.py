@@ -1,11 +1,13 @@
 """What leaves in a form of its own: archives of checkpoints, traces of sessions."""
 
 import datetime
-import io
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from tinsmith_api.journal.objects import Damaged, ObjectStore
 
 Json = dict[str, Any]
 
@@ -13,16 +15,22 @@ Json = dict[str, Any]
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def archive(files: dict[str, bytes]) -> bytes:
-    """A tar of an adapter in PEFT's form, or of all `files` if they are in another (encrypted, say)."""
-    chosen = {name: files[name] for name in _PEFT if name in files} or files
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, body in chosen.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(body)
-            tar.addfile(entry, io.BytesIO(body))
-    return out.getvalue()
+def archive(objects: ObjectStore, prefix: str) -> Iterator[bytes]:
+    """A tar of the adapter under `prefix` in PEFT's form, or of all files if they are in another (encrypted,
+    say), piece by piece. Damaged if a file is not what its checksum says."""
+    entries = objects.entries(prefix)
+    for name in [name for name in _PEFT if name in entries] or list(entries):
+        head = tarfile.TarInfo(name)
+        head.size, _ = entries[name]
+        yield head.tobuf()
+        sha256 = hashlib.sha256()
+        for piece in objects.stream(prefix, name)[1]:
+            sha256.update(piece)
+            yield piece
+        if sha256.hexdigest() != entries[name].sha256:
+            raise Damaged(f"{prefix}: {name} does not match its checksum")
+        yield bytes(-head.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
 
 
 _PHASES = (

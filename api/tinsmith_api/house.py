@@ -116,7 +116,7 @@ class House:
             )
             self.journal.write(announce).result()
             try:
-                self.objects.put(prefix, self._artifact(row.kind, row.subject))
+                self._make(row.kind, row.subject, prefix)
                 finish = functools.partial(artifacts.finish, object_prefix=prefix)
             except OSError as error:
                 log.warning("%s of %s is not made for now: %s", row.kind, row.subject, error)
@@ -130,12 +130,14 @@ class House:
                 finish = functools.partial(artifacts.finish, error="it cannot be made, see the service's log")
             self.journal.write(functools.partial(finish, kind=row.kind, subject=row.subject)).result()
 
-    def _artifact(self, kind: str, subject: str) -> dict[str, bytes]:
+    def _make(self, kind: str, subject: str, prefix: str) -> None:
         if kind == artifacts.ARCHIVE:
-            return {"archive.tar": exports.archive(self.objects.get(subject))}
+            self.objects.put_stream(prefix, "archive.tar", lambda: exports.archive(self.objects, subject))
+            return
         assert kind == artifacts.TRACE, kind
         find = functools.partial(ops.of_session, session_id=subject, at_most=_TRACED)
-        return {f"{subject}.json": exports.trace(self.journal.read_apart(find).result())}
+        trace = exports.trace(self.journal.read_apart(find).result())
+        self.objects.put(prefix, {f"{subject}.json": trace})
 
     def measure_storage(self) -> None:
         self.journal.write(usage.measure_storage).result()
@@ -154,6 +156,8 @@ class House:
         day_ago = time.time() - _DAY_SECONDS
         self._repeat(functools.partial(ops.purge_results, finished_before=day_ago, at_most=_PIECE))
         self._repeat(functools.partial(_purge_sampled, created_before=day_ago))
+        losses = functools.partial(identities.forget_losses, finished_before=day_ago, at_most=_PIECE)
+        self._repeat(losses)
         self._repeat(functools.partial(artifacts.expire, made_before=day_ago, at_most=_PIECE))
         self.journal.write(functools.partial(_purge_copies, created_before=day_ago)).result()
         self.journal.write(signing.forget).result()

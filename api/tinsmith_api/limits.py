@@ -15,7 +15,7 @@ from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal import usage
 from tinsmith_api.journal.identities import Caller
 from tinsmith_api.journal.operations import Operation
-from tinsmith_api.journal.usage import Budget
+from tinsmith_api.journal.usage import Budget, Spent
 from tinsmith_api.memory import Memory
 from tinsmith_api.settings import Settings
 
@@ -83,6 +83,8 @@ class Limits:
         self._tenants: Memory[ops.Usage] = Memory(seconds=1)
         self._budgets: Memory[list[Budget]] = Memory(seconds=1)  # by session
         self._spent: Memory[_Spent] = Memory(seconds=1)  # by tenant or project: all its sessions share it
+        # The same with what was used long ago, added up once. Anew now and then, as sessions change projects.
+        self._totals: Memory[list[Spent]] = Memory(seconds=600)
         self._keys: Memory[_Key] = Memory(seconds=1)
 
     async def check_rate(self, caller: Caller, route: str) -> None:
@@ -135,10 +137,17 @@ class Limits:
         whose = budget.project_id or budget.tenant_id
         known = self._spent.get(whose)
         if known is None:
-            found = await self._read(functools.partial(usage.spent, budget=budget))
+            total = self._totals.get(whose) or self._totals.put(whose, [Spent()])
+            found = await self._read(functools.partial(usage.spent, budget=budget, before=total[0]))
+            total[0] = found
             # If somebody else asked meanwhile, theirs: calls were counted to it already.
-            known = self._spent.get(whose) or self._spent.put(whose, _Spent(found))
+            known = self._spent.get(whose) or self._spent.put(whose, _Spent(found.settled + found.recent))
         return known
+
+    def forget_totals(self, project_id: str) -> None:
+        """A session came into this project, or left it."""
+        self._totals.forget(project_id)
+        self._spent.forget(project_id)
 
     async def _key(self, caller: Caller) -> _Key | None:
         """None if it has no limits."""

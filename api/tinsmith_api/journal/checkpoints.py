@@ -38,7 +38,7 @@ def reserve(connection: sa.Connection, values: Json) -> bool:
 
 
 def find(connection: sa.Connection, path: str, tenant_id: str) -> sa.Row[Any] | None:
-    """One of this tenant's checkpoints that is whole, with its `base_model`."""
+    """One of this tenant's checkpoints that is whole, with its `base_model` and `optimizer`."""
     return connection.execute(_found(path, checkpoints.c.tenant_id == tenant_id)).one_or_none()
 
 
@@ -52,7 +52,7 @@ _IS_PUBLIC = checkpoints.c.published_at.is_not(None)
 
 
 def _found(path: str, whose: sa.ColumnElement[bool]) -> sa.Select[Any]:
-    statement = sa.select(checkpoints, runs.c.base_model).join_from(checkpoints, runs)
+    statement = sa.select(checkpoints, runs.c.base_model, runs.c.optimizer).join_from(checkpoints, runs)
     return statement.where(
         checkpoints.c.path == path, whose, checkpoints.c.ready_at.is_not(None), _not_expired()
     )
@@ -169,8 +169,10 @@ def listing(
     with_exports: bool = True,
     limit: int,
     offset: int = 0,
+    behind: sa.Row[Any] | None = None,
 ) -> tuple[list[sa.Row[Any]], int]:
-    """(one page, newest first; how many there are), of a run or of a member's runs."""
+    """(one page, newest first; how many there are), of a run or of a member's runs; the page behind a
+    checkpoint, if one is given."""
     where = [
         checkpoints.c.tenant_id == tenant_id,
         checkpoints.c.ready_at.is_not(None),
@@ -187,6 +189,10 @@ def listing(
     if not with_exports:
         where.append(checkpoints.c.kind != "external_weights")
     total = connection.execute(sa.select(sa.func.count()).select_from(checkpoints).where(*where)).scalar_one()
+    if behind is not None:
+        older = checkpoints.c.created_at < behind.created_at
+        same = sa.and_(checkpoints.c.created_at == behind.created_at, checkpoints.c.path > behind.path)
+        where.append(sa.or_(older, same))
     page = sa.select(checkpoints).where(*where).order_by(checkpoints.c.created_at.desc(), checkpoints.c.path)
     return list(connection.execute(page.limit(limit).offset(offset)).all()), total
 

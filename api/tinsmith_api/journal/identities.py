@@ -14,6 +14,7 @@ from tinsmith_api.journal import audit
 from tinsmith_api.journal.operations import insert_if_new
 from tinsmith_api.journal.tables import (
     checkpoints,
+    custom_losses,
     keys,
     members,
     operations,
@@ -337,6 +338,22 @@ def published_run(connection: sa.Connection, run_id: str) -> sa.Row[Any] | None:
         checkpoints.c.run_id == runs.c.id, checkpoints.c.published_at.is_not(None), goes_on
     )
     return connection.execute(sa.select(runs).where(runs.c.id == run_id, shown)).one_or_none()
+
+
+def custom_loss(connection: sa.Connection, loss_id: str, tenant_id: str) -> sa.Row[Any] | None:
+    its = (custom_losses.c.id == loss_id, custom_losses.c.tenant_id == tenant_id)
+    return connection.execute(sa.select(custom_losses).where(*its)).one_or_none()
+
+
+def forget_losses(connection: sa.Connection, *, finished_before: float, at_most: int) -> int:
+    """Those of sessions that were finished then: calls that were made with them hold them. How many."""
+    left = (
+        sa.select(custom_losses.c.id)
+        .join(sessions, sessions.c.id == custom_losses.c.session_id)
+        .where(sessions.c.finished_at < finished_before)
+        .limit(at_most)
+    )
+    return connection.execute(sa.delete(custom_losses).where(custom_losses.c.id.in_(left))).rowcount
 
 
 def sampling_session(connection: sa.Connection, sampler_id: str, tenant_id: str) -> sa.Row[Any] | None:

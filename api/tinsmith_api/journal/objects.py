@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -39,9 +39,17 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
+        """As `put`, of one file that is never in memory as a whole. `pieces` may be asked for it twice."""
+        ...
+
     def get(self, prefix: str) -> dict[str, bytes]:
         """The files under `prefix`, checked against the manifest; Damaged if they do not match it, OSError
         if they cannot be read now."""
+        ...
+
+    def entries(self, prefix: str) -> dict[str, "Entry"]:
+        """What the manifest says of the files under `prefix`. Damaged or OSError as for `get`."""
         ...
 
     def delete(self, prefix: str) -> None:
@@ -68,11 +76,17 @@ class Entry(NamedTuple):
     sha256: str
 
 
-def manifest_of(files: dict[str, bytes]) -> bytes:
-    entries = {
-        name: {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()} for name, body in files.items()
-    }
-    return json.dumps({"files": entries}, indent=1, sort_keys=True).encode()
+def entry_of(pieces: Iterable[bytes]) -> Entry:
+    size_bytes, sha256 = 0, hashlib.sha256()
+    for piece in pieces:
+        size_bytes += len(piece)
+        sha256.update(piece)
+    return Entry(size_bytes, sha256.hexdigest())
+
+
+def manifest_of(entries: Mapping[str, Entry]) -> bytes:
+    listed = {name: {"bytes": entry.size_bytes, "sha256": entry.sha256} for name, entry in entries.items()}
+    return json.dumps({"files": listed}, indent=1, sort_keys=True).encode()
 
 
 def read_manifest(prefix: str, manifest: bytes) -> dict[str, Entry]:
@@ -102,15 +116,17 @@ class DirectoryStore:
         self.tidy(older_than_seconds=_STALE_SECONDS)
 
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
-        target = self._folder(prefix)
         whole = self._read_if_whole(prefix)
         if whole is None:
-            self._write(target, files)
-        for folder in target.parents:
-            _sync(folder)
-            if folder == self.root.resolve():
-                break
+            self._write(prefix, {name: lambda body=body: iter([body]) for name, body in files.items()})
+        self._sync_parents(prefix)
         return sum(len(body) for body in (whole or files).values())
+
+    def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
+        if not (self._folder(prefix) / MANIFEST).exists():  # appears with all the others, or not at all
+            self._write(prefix, {name: pieces})
+        self._sync_parents(prefix)
+        return self.entries(prefix)[name].size_bytes
 
     def get(self, prefix: str) -> dict[str, bytes]:
         folder = self._folder(prefix)
@@ -120,13 +136,16 @@ class DirectoryStore:
         check(prefix, files, entries)
         return files
 
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        with _damage_told(prefix):
+            return read_manifest(prefix, (self._folder(prefix) / MANIFEST).read_bytes())
+
     def delete(self, prefix: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder(prefix))
 
     def links(self, prefix: str, seconds: int) -> dict[str, str]:
-        with _damage_told(prefix):
-            return dict.fromkeys(read_manifest(prefix, (self._folder(prefix) / MANIFEST).read_bytes()), "")
+        return dict.fromkeys(self.entries(prefix), "")
 
     def stream(self, prefix: str, name: str) -> tuple[int, Iterator[bytes]]:
         folder = self._folder(prefix)
@@ -136,15 +155,13 @@ class DirectoryStore:
             file = open(folder / name, "rb")  # noqa: SIM115 - closed when it is read
         return size_bytes, _pieces(file)
 
-    def _write(self, target: Path, files: dict[str, bytes]) -> None:
+    def _write(self, prefix: str, files: Mapping[str, Callable[[], Iterator[bytes]]]) -> None:
+        target = self._folder(prefix)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
         try:
-            for name, body in (*files.items(), (MANIFEST, manifest_of(files))):
-                with open(folder / name, "wb") as file:
-                    file.write(body)
-                    file.flush()
-                    os.fsync(file.fileno())
+            entries = {name: entry_of(_written(folder / name, pieces())) for name, pieces in files.items()}
+            entry_of(_written(folder / MANIFEST, iter([manifest_of(entries)])))
             _sync(folder)
             if target.exists():
                 shutil.rmtree(target)  # it is not whole
@@ -152,6 +169,12 @@ class DirectoryStore:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _sync_parents(self, prefix: str) -> None:
+        for folder in self._folder(prefix).parents:
+            _sync(folder)
+            if folder == self.root.resolve():
+                break
 
     def _read_if_whole(self, prefix: str) -> dict[str, bytes] | None:
         try:
@@ -182,6 +205,16 @@ def size_of(prefix: str, name: str, entries: dict[str, Entry]) -> int:
     if name not in entries:
         raise Damaged(f"{prefix}: it has no file {name}")
     return entries[name].size_bytes
+
+
+def _written(path: Path, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same pieces, each once it was written; all are on disk at the end."""
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            yield piece
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

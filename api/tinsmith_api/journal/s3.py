@@ -10,7 +10,7 @@ trailers.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
@@ -30,6 +30,7 @@ from tinsmith_api.journal.objects import (
     Entry,
     Unavailable,
     check,
+    entry_of,
     manifest_of,
     read_manifest,
     size_of,
@@ -83,18 +84,25 @@ class S3Store:
             raise Unavailable(_advice(self._bucket, endpoint, error)) from error
 
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
-        manifest = manifest_of(files)
-        folder = _folder(manifest)
+        return self._put(prefix, {name: lambda body=body: iter([body]) for name, body in files.items()})
+
+    def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
+        return self._put(prefix, {name: pieces})
+
+    def _put(self, prefix: str, files: Mapping[str, Callable[[], Iterator[bytes]]]) -> int:
         with _translated(f"{prefix} cannot be written"):
             if (size_bytes := self._size_if_whole(prefix)) is not None:
                 return size_bytes  # this save was executed before, up to its end
-            self._at_once(lambda name: self._upload(self._key(prefix, folder, name), files[name]), files)
+            entries = {name: entry_of(pieces()) for name, pieces in files.items()}
+            manifest = manifest_of(entries)
+            folder = _folder(manifest)
+            self._at_once(lambda name: self._upload(self._key(prefix, folder, name), files[name]()), files)
             # While this was written slowly, as by a process that was stopped, its successor may have finished
             # the same save and said so. Its files stay.
             if (size_bytes := self._size_if_whole(prefix)) is not None:
                 return size_bytes
-            self._upload(self._key(prefix, MANIFEST), manifest)
-        return sum(len(body) for body in files.values())
+            self._upload(self._key(prefix, MANIFEST), iter([manifest]))
+        return sum(entry.size_bytes for entry in entries.values())
 
     def get(self, prefix: str) -> dict[str, bytes]:
         with _translated(f"{prefix} cannot be read"):
@@ -103,6 +111,10 @@ class S3Store:
         files = dict(zip(entries, bodies, strict=True))
         check(prefix, files, entries)
         return files
+
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        with _translated(f"{prefix} cannot be read"):
+            return self._listed(prefix)[0]
 
     def delete(self, prefix: str) -> None:
         """The manifest first: what is half deleted is nothing."""
@@ -185,10 +197,9 @@ class S3Store:
         manifest: bytes = answer["Body"].read()
         return manifest
 
-    def _upload(self, key: str, body: bytes) -> None:
-        self._client.upload_fileobj(
-            BytesIO(body), self._bucket, key, ExtraArgs=self._encryption, Config=_TRANSFER
-        )
+    def _upload(self, key: str, pieces: Iterator[bytes]) -> None:
+        body = _Stream(pieces)
+        self._client.upload_fileobj(body, self._bucket, key, ExtraArgs=self._encryption, Config=_TRANSFER)
 
     def _download(self, prefix: str, folder: str, name: str) -> bytes:
         body = BytesIO()
@@ -223,6 +234,26 @@ def make_bucket(url: str, *, endpoint: str = "", region: str = "") -> None:
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
         if code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
             raise Unavailable(f"the bucket {bucket!r} cannot be made: {error}") from error
+
+
+class _Stream:
+    """Pieces of bytes, read like a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = b""
+
+    def read(self, size: int = -1) -> bytes:
+        parts, missing = [self._left], size - len(self._left)
+        while size < 0 or missing > 0:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            parts.append(piece)
+            missing -= len(piece)
+        whole = b"".join(parts)
+        self._left = b"" if size < 0 else whole[size:]
+        return whole if size < 0 else whole[:size]
 
 
 def _client(endpoint: str, region: str) -> Any:

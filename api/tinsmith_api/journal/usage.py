@@ -190,16 +190,36 @@ def budgets(connection: sa.Connection, session_id: str) -> list[Budget]:
     return found
 
 
-def spent(connection: sa.Connection, budget: Budget) -> int:
-    """Tokens used of it, by what is finished or under way."""
-    of_tokens = usage.c.kind.in_(TOKENS)
-    if not budget.project_id:
-        used = _sum(connection, usage.c.amount, usage.c.tenant_id == budget.tenant_id, of_tokens)
-        return used + _queued(connection, budget.tenant_id)
-    inside = sa.select(sessions.c.id).where(sessions.c.project_id == budget.project_id)
-    used = _sum(connection, usage.c.amount, usage.c.session_id.in_(inside), of_tokens)
-    its = operations.c.subject.in_(ops.subjects_of(inside))
-    return used + _queued(connection, budget.tenant_id, its)
+@dataclass(frozen=True)
+class Spent:
+    """Tokens used of a budget: `settled` before `hour`, when nobody writes any more, `recent` since then and
+    by what is under way."""
+
+    hour: int = 0
+    settled: int = 0
+    recent: int = 0
+
+
+def spent(connection: sa.Connection, budget: Budget, before: Spent) -> Spent:
+    """Now. What was settled `before` is not read again: a year of usage is summed once, then hour by hour."""
+    # The last hour may still be written to by a worker that was just finishing something.
+    hour = int(time.time() // _HOUR) - 1
+    settled = before.settled
+    if hour > before.hour:
+        settled += _used(connection, budget, usage.c.hour >= before.hour, usage.c.hour < hour)
+    recent = _used(connection, budget, usage.c.hour >= hour)
+    its = operations.c.subject.in_(ops.subjects_of(_inside(budget))) if budget.project_id else sa.true()
+    return Spent(hour, settled, recent + _queued(connection, budget.tenant_id, its))
+
+
+def _used(connection: sa.Connection, budget: Budget, *when: sa.ColumnElement[bool]) -> int:
+    whose = usage.c.session_id.in_(_inside(budget)) if budget.project_id else sa.true()
+    its = (usage.c.tenant_id == budget.tenant_id, whose, usage.c.kind.in_(TOKENS))
+    return _sum(connection, usage.c.amount, *its, *when)
+
+
+def _inside(budget: Budget) -> sa.Select[tuple[str]]:
+    return sa.select(sessions.c.id).where(sessions.c.project_id == budget.project_id)
 
 
 def of_key(connection: sa.Connection, tenant_id: str, key_id: int) -> tuple[int, int]:

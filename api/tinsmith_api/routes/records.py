@@ -1,14 +1,17 @@
 """Looking things up: training runs and checkpoints."""
 
 import datetime
+import functools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic_core import to_json
 
 from tinsmith_api.bodies import reply
 from tinsmith_api.journal import checkpoints, usage
@@ -24,6 +27,8 @@ Json = dict[str, Any]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=2**63 - 1)]  # what databases count to
 Scope = Literal["owned", "accessible"]
+
+_PAGE = 1000
 
 
 @router.get("/training_runs")
@@ -62,20 +67,40 @@ async def get_training_run(mine: Mine, run_id: str, access_scope: Scope = "owned
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
-async def list_run_checkpoints(mine: Mine, run_id: str, request: Request) -> Response:
+async def list_run_checkpoints(
+    mine: Mine,
+    run_id: str,
+    request: Request,
+    limit: Annotated[int | None, Query(ge=1, le=1000)] = None,
+    offset: Offset = 0,
+) -> Response:
+    """Newest first; all of them, if no limit is given."""
     run = await mine.readable_run(run_id)
     is_own = run.tenant_id == mine.tenant_id
-    rows, _ = await mine.service.read_apart(
-        lambda c: checkpoints.listing(
-            c,
-            run.tenant_id,
-            run_id=run.id,
-            only_published=not is_own,
-            with_exports=_knows_exports(request),
-            limit=10_000,
-        )
+    find = functools.partial(
+        checkpoints.listing,
+        tenant_id=run.tenant_id,
+        run_id=run.id,
+        only_published=not is_own,
+        with_exports=_knows_exports(request),
+        limit=limit or _PAGE,
     )
-    return reply({"checkpoints": [_checkpoint(row) for row in rows]})
+    rows, total = await mine.service.read_apart(functools.partial(find, offset=offset))
+    cursor = {"offset": offset, "limit": limit or max(total, 1), "total_count": total}
+    if limit is not None or offset + len(rows) >= total:
+        return reply({"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor})
+
+    async def pieces() -> AsyncIterator[bytes]:
+        """Page by page: a run may have more checkpoints than should be in memory at once."""
+        page, comma = rows, b""
+        yield b'{"cursor":' + to_json(cursor) + b',"checkpoints":['
+        while page:
+            yield comma + to_json([_checkpoint(row) for row in page])[1:-1]
+            comma = b","
+            page, _ = await mine.service.read_apart(functools.partial(find, behind=page[-1]))
+        yield b"]}"
+
+    return StreamingResponse(pieces(), media_type="application/json")
 
 
 @router.get("/training_runs/{run_id}/metrics")

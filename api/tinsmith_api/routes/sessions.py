@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
 from pydantic import AwareDatetime, Field
 
-from tinsmith.errors import InvalidInput
+from tinsmith.errors import InvalidInput, NotFound
 from tinsmith_api.bodies import Strict, parse, read_body, reply, takes
 from tinsmith_api.journal import artifacts, audit, identities
 from tinsmith_api.journal.tables import checkpoints, runs, sampling_sessions, sessions
@@ -44,6 +44,10 @@ async def list_sessions(
 @router.get("/sessions/{session_id}")
 async def get_session(mine: Mine, session_id: str, access_scope: Scope = "owned") -> Response:
     session = await mine.session(session_id)
+    if access_scope == "owned" and session.member_id != mine.caller.member_id:
+        raise NotFound(
+            f"no session {session_id!r} among yours: with access_scope=accessible your organization's"
+        )
 
     def its(table: sa.Table) -> sa.Select[Any]:
         return sa.select(table.c.id).where(table.c.session_id == session.id).order_by(table.c.created_at)
@@ -80,6 +84,8 @@ async def assign_project(mine: MineToChange, session_id: str, request: Request) 
 
     await mine.service.write(statement)
     mine.forget_session(session_id)
+    for project_id in (session.project_id, project.id):
+        mine.service.limits.forget_totals(project_id)
     return Response(status_code=204)
 
 

@@ -255,6 +255,7 @@ def _run_of_copies(connection: sa.Connection, mine: Owner, run_id: str, source: 
         "session_id": run_id.split(":")[0],
         "base_model": source.base_model,
         "lora": source.lora,
+        "optimizer": source.optimizer,
         "user_metadata": {},
         "created_at": time.time(),
         "epoch": 0,

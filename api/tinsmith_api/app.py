@@ -20,6 +20,7 @@ from tinsmith_api.owner import Forbidden, Gone, administering_owner_of, changing
 from tinsmith_api.routes import (
     accounts,
     futures,
+    losses,
     records,
     sampling,
     sessions,
@@ -61,7 +62,18 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="Tinsmith", lifespan=lifespan)
     app.state.service = service
     # In the order they are looked through, the busiest first; include_router would look twice.
-    for room in (futures, training, sampling, start, records, weights, tokenizers, sessions, accounts):
+    for room in (
+        futures,
+        training,
+        sampling,
+        losses,
+        start,
+        records,
+        weights,
+        tokenizers,
+        sessions,
+        accounts,
+    ):
         app.router.routes.extend(room.router.routes)
     for route in app.routes:
         if isinstance(route, APIRoute):

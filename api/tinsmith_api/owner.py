@@ -81,6 +81,11 @@ class Owner:
             "sampler", sampler_id, lambda c: identities.sampling_session(c, sampler_id, self.tenant_id)
         )
 
+    async def custom_loss(self, loss_id: str) -> Any:
+        return await self._read(
+            "custom loss", loss_id, lambda c: identities.custom_loss(c, loss_id, self.tenant_id)
+        )
+
     async def project(self, id_or_name: str) -> Any:
         return await self._read(
             "project", id_or_name, lambda c: identities.project(c, id_or_name, self.tenant_id)

@@ -290,7 +290,7 @@ class AdamParams:
 
 @dataclass(frozen=True, kw_only=True)
 class DimuonParams:
-    """For services that have this optimizer; a Tinsmith has AdamW."""
+    """For services that have this optimizer; a Tinsmith has AdamW and Muon."""
 
     learning_rate: float
     grad_clip_norm: float = 0.0
@@ -298,7 +298,19 @@ class DimuonParams:
     type: Literal["dimuon"] = "dimuon"
 
 
-OptimParams = AdamParams | DimuonParams
+@dataclass(frozen=True, kw_only=True)
+class MuonParams:
+    """For runs that were created with MuonOptimizerConfig. grad_clip_norm 0: no clipping."""
+
+    learning_rate: float = 1e-3
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    type: Literal["muon"] = "muon"
+
+
+OptimParams = AdamParams | DimuonParams | MuonParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +324,12 @@ class DimuonOptimizerConfig:
     type: Literal["dimuon"] = "dimuon"
 
 
-OptimizerConfig = AdamOptimizerConfig | DimuonOptimizerConfig
+@dataclass(frozen=True, kw_only=True)
+class MuonOptimizerConfig:
+    type: Literal["muon"] = "muon"
+
+
+OptimizerConfig = AdamOptimizerConfig | DimuonOptimizerConfig | MuonOptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,12 @@ def test_every_route_answers_404_for_what_is_anothers(stranger: Wire, things: Js
         lambda: stranger.post(
             "/create_model", session_id=session, model_seq_id=5, base_model=MODEL, lora_config=lora
         ),
+        lambda: stranger.post(
+            "/create_custom_loss", session_id=session, custom_loss_seq_id=0, name="x", inputs=[], graph={}
+        ),
+        lambda: stranger.post("/join_sampling_session", sampling_session_id=sampler),
+        lambda: stranger.post("/retrieve_futures", target={"sampling_session_id": sampler}),
+        lambda: stranger.post("/cancel_future", request_id=things["future"]["request_id"]),
         lambda: stranger.post("/get_info", model_id=run),
         lambda: stranger.submit(run, 5, datum([1, 2])),
         lambda: stranger.post(

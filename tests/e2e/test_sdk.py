@@ -10,6 +10,8 @@ import torch
 from tinker import types
 
 from tests.conftest import RunningService
+from tests.e2e.wire import Wire
+from tinsmith.wire import tinsmith_pb2 as pb
 
 MODEL = "tinsmith/tiny"
 TEXT = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
@@ -174,6 +176,96 @@ def _negative_sum(
     data: list[types.Datum], given: list[torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, float]]:
     return -sum(lp.sum() for lp in given), {"tokens_seen": float(sum(lp.numel() for lp in given))}
+
+
+def _clipped(
+    logprobs: torch.Tensor, q: torch.Tensor, advantages: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ratio = torch.exp(logprobs - q)
+    gain = torch.minimum(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages)
+    return -gain.sum(), {"custom/ratio:mean": ratio.mean(), "custom/tokens:sum": torch.ones_like(q).sum()}
+
+
+def test_a_custom_loss_is_computed_by_the_service_as_its_client_would(
+    client: tinker.ServiceClient, service: RunningService
+) -> None:
+    """One call of one pass, and the same step, losses and metrics as two passes around the client's own torch."""
+    handle = client.create_custom_loss(_clipped, {"logprobs": 1, "q": 1, "advantages": 1}).result()
+    assert handle.loss_id is not None
+    data = []
+    for length in (5, 8, 11):
+        tokens = types.ModelInput.from_ints(TEXT[:length])
+        inputs = {"target_tokens": TEXT[1 : length + 1], "q": [-2.0] * length, "advantages": [0.5] * length}
+        tensors = {name: _tensor(name, values) for name, values in inputs.items()}
+        data.append(types.Datum(model_input=tokens, loss_fn_inputs=tensors))
+
+    def by_the_client(data: list[types.Datum], given: list[torch.Tensor]) -> tuple[torch.Tensor, dict]:
+        found = [
+            _clipped(lp, datum.loss_fn_inputs["q"].to_torch(), datum.loss_fn_inputs["advantages"].to_torch())
+            for lp, datum in zip(given, data, strict=True)
+        ]
+        ratios = [float(metrics["custom/ratio:mean"].detach()) for _, metrics in found]
+        return sum(loss for loss, _ in found), {
+            "custom/ratio:mean": sum(ratios) / 3,
+            "custom/tokens:sum": 24.0,
+        }
+
+    outcomes = []
+    for loss in (by_the_client, handle):
+        run = client.create_lora_training_client(MODEL, rank=8, seed=6).result()
+        metrics = run.forward_backward_custom(data, loss).result().metrics
+        norm = run.optim_step(types.AdamParams(learning_rate=1e-2)).result().metrics["grad_norm"]
+        after = logprobs(run.forward([supervised(TEXT)], "cross_entropy").result())
+        outcomes.append((metrics, norm, after))
+    (theirs, norm, after), (ours, our_norm, our_after) = outcomes
+    for name in ("loss:sum", "custom/ratio:mean", "custom/tokens:sum"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+    assert our_norm == pytest.approx(norm, rel=1e-6)
+    np.testing.assert_allclose(our_after, after, atol=1e-6)
+    kinds = service.sql(
+        "select kind from operations where subject = ? order by seq_id", run.get_info().model_id
+    )
+    assert [kind for (kind,) in kinds] == ["create_model", "forward_backward", "optim_step", "forward"]
+    short = [types.Datum(model_input=data[0].model_input, loss_fn_inputs=dict(data[0].loss_fn_inputs))]
+    short[0].loss_fn_inputs["advantages"] = _tensor("advantages", [1.0] * 3)
+    with pytest.raises(tinker.TinkerError, match="datum 0: custom loss _clipped, node"):
+        run.forward_backward_custom(short, handle).result()
+    assert run.forward_backward_custom(data, handle).result().metrics["loss:sum"] < 0
+
+
+def test_a_custom_loss_belongs_to_its_session_and_may_not_do_everything(
+    client: tinker.ServiceClient, service: RunningService
+) -> None:
+    handle = client.create_custom_loss(_negated, {"logprobs": 1}).result()
+    other = Wire(service.url, service.key)
+    run = other.run(MODEL)
+    for config, says in (
+        ({"loss_id": handle.loss_id}, "another session"),
+        ({"loss_id": "x"}, "no custom loss"),
+    ):
+        failed = other.result(custom_call(other, run, config, seq=1 if says == "another session" else 2))
+        assert (says in failed["error"], failed["category"]) == (True, "user"), failed
+    with pytest.raises(tinker.BadRequestError, match=r"rand_like.*not among"):
+        client.create_custom_loss(_random, {"logprobs": 1}).result()
+
+
+def custom_call(wire: Wire, run: str, config: dict[str, str], seq: int) -> dict:
+    from tests.e2e.wire import datum
+
+    message = pb.ForwardBackwardRequest(model_id=run, seq_id=seq, data=[datum([1, 2, 3])], loss_fn="custom")
+    for name, text in config.items():
+        message.loss_fn_config_v2[name].text = text
+    message.custom_loss = b"what a client puts here is not looked at"
+    headers = {"content-type": "application/x-protobuf"}
+    return wire.raw("/forward_backward", message.SerializeToString(), **headers)
+
+
+def _negated(logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -2 * logprobs.sum(), {}
+
+
+def _random(logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return (torch.rand_like(logprobs) * logprobs).sum(), {}
 
 
 @pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from tinsmith.wire.batch import TrainInput
 from tinsmith.wire.losses import LOSSES
-from tinsmith_worker.contract import AdamParams, AdapterState, Engine, Failure, LoraSpec
+from tinsmith_worker.contract import AdapterState, Engine, Failure, LoraSpec, OptimizerParams
 from tinsmith_worker.model import Base
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -95,7 +95,7 @@ def batch(
     )
 
 
-def step(engine: Engine, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
+def step(engine: Engine, run_id: str, params: OptimizerParams) -> dict[str, float] | Failure:
     """The step of one run."""
     return engine.optim_steps([(run_id, params)])[0]
 

@@ -135,6 +135,12 @@ class Adapter:
             self.moment1, self.moment2 = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         return self.moment1, self.moment2
 
+    def open_momentum(self) -> torch.Tensor:
+        """As the first moment, for an optimizer that has no second."""
+        if self.moment1 is None:
+            self.moment1 = torch.zeros_like(self.weights)
+        return self.moment1
+
     def clear_gradient(self) -> None:
         if self.gradient is not None:
             self.gradient.zero_()
@@ -158,10 +164,11 @@ class Adapter:
         if not optimizer:
             return
         self.step = state.step
-        if state.moment1 is not None and state.moment2 is not None:
-            moment1, moment2 = self.open_moments()
-            _fill(moment1, state.moment1, moves)
-            _fill(moment2, state.moment2, moves)
+        if state.moment1 is not None:
+            _fill(self.open_momentum(), state.moment1, moves)
+        if state.moment2 is not None:
+            self.moment2 = torch.zeros_like(self.weights)
+            _fill(self.moment2, state.moment2, moves)
         if state.gradient is not None:
             self.open_gradient()
             assert self.gradient is not None

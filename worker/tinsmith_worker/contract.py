@@ -39,11 +39,26 @@ class AdamParams:
 
 
 @dataclass(frozen=True)
+class MuonParams:
+    """See `muon.py`. Its momentum is kept where AdamW keeps its first moment."""
+
+    learning_rate: float = 1e-3
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+OptimizerParams = AdamParams | MuonParams
+
+
+@dataclass(frozen=True)
 class AdapterState:
     """All of an adapter, in host memory: what a snapshot or a checkpoint is made of.
 
     Arrays are flat float32 in the layout `tensors` names: (name in PEFT's form, offset, shape).
-    `moment1`, `moment2` and `gradient` are None where there is none (weights only; nothing accumulated).
+    `moment1`, `moment2` and `gradient` are None where there is none (weights only; an optimizer that has no
+    second moment; nothing accumulated).
     """
 
     spec: LoraSpec
@@ -153,6 +168,10 @@ class Engine(Protocol):
         """What such an adapter takes on the device, with gradient and moments."""
         ...
 
+    def check(self, given: TrainInput) -> None:
+        """InvalidInput for what could break the pass it shares with others. Called on any thread."""
+        ...
+
     def create(self, run_id: str, spec: LoraSpec) -> None: ...
     def drop(self, run_id: str) -> None: ...
     def holds(self, run_id: str) -> bool: ...
@@ -163,7 +182,7 @@ class Engine(Protocol):
         """
         ...
 
-    def optim_steps(self, steps: Sequence[tuple[str, AdamParams]]) -> list[dict[str, float] | Failure]:
+    def optim_steps(self, steps: Sequence[tuple[str, OptimizerParams]]) -> list[dict[str, float] | Failure]:
         """Step each of these runs, all different, and clear its gradient. A gradient that is not finite is
         that run's Failure, and is cleared too."""
         ...

@@ -7,18 +7,19 @@ Shapes: T packed tokens, S sequences, D hidden, K targets per token, N rows of o
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import Int64, TrainInput, TrainOutput
-from tinsmith_worker import losses, optim
+from tinsmith.wire.loss_graph import LOSS as CUSTOM
+from tinsmith_worker import custom_loss, losses, optim
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import Adapter, adapter_elements
 from tinsmith_worker.attention import CausalSequences
-from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
+from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, OptimizerParams, Work
 from tinsmith_worker.copies import to_device, to_host
 from tinsmith_worker.model import Base
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
@@ -48,6 +49,7 @@ class _Piece:
     given: TrainInput
     rows: slice
     lengths_S: Int64
+    datums: slice
 
     @property
     def tokens(self) -> int:
@@ -57,7 +59,7 @@ class _Piece:
 @dataclass(frozen=True)
 class _Block:
     """Pieces side by side in a pass whose losses are computed in one go. `rows` are the stream's; `results`
-    [N, K + 1]: logprobs, then the loss of the row."""
+    [N, K + 1]: logprobs, then the loss of the row. `metric_sums` of a custom loss, by operation."""
 
     pieces: list[_Piece]
     segments: list[Segment]  # counted from the block's first row
@@ -65,6 +67,7 @@ class _Block:
     loss: str
     lengths_S: Int64
     results: torch.Tensor
+    metric_sums: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 class TorchEngine:
@@ -107,6 +110,10 @@ class TorchEngine:
         copy = 0 if self.base.dtype == torch.float32 else self.base.dtype.itemsize
         return adapter_elements(spec, self.base.sites) * (4 * 4 + copy)
 
+    def check(self, given: TrainInput) -> None:
+        if given.custom is not None:
+            custom_loss.check(given.custom, given.lengths_S, given.target_widths_S)
+
     def create(self, run_id: str, spec: LoraSpec) -> None:
         self._check_rank(spec)
         self._adapters[run_id] = self.base.new_adapter(spec)
@@ -128,9 +135,13 @@ class TorchEngine:
         for block, results in zip(blocks, to_host([b.results for b in blocks]), strict=True):
             for piece, segment in zip(block.pieces, block.segments, strict=True):
                 found[piece.operation][piece.rows] = results[segment.start : segment.stop]
-        return [TrainOutput(logprobs_TK=f[:, :-1], losses_T=f[:, -1]) for f in found]
+        sums: list[dict[str, float]] = [{} for _ in work]
+        for block in blocks:
+            for operation, own in block.metric_sums.items():
+                _add(sums[operation], own)
+        return [TrainOutput(f[:, :-1], f[:, -1], own) for f, own in zip(found, sums, strict=True)]
 
-    def optim_steps(self, steps: Sequence[tuple[str, AdamParams]]) -> list[dict[str, float] | Failure]:
+    def optim_steps(self, steps: Sequence[tuple[str, OptimizerParams]]) -> list[dict[str, float] | Failure]:
         return optim.steps([(self._adapters[run_id], params) for run_id, params in steps])
 
     def state(self, run_id: str) -> AdapterState:
@@ -161,7 +172,8 @@ class TorchEngine:
             limit = offsets_S[first] + self._settings.max_tokens_per_pass // _PIECES_PER_PASS
             last = max(first + 1, int(np.searchsorted(offsets_S, limit, side="right")) - 1)
             rows = slice(int(offsets_S[first]), int(offsets_S[last]))
-            pieces.append(_Piece(operation, adapter, work.given, rows, work.given.lengths_S[first:last]))
+            lengths_S = work.given.lengths_S[first:last]
+            pieces.append(_Piece(operation, adapter, work.given, rows, lengths_S, slice(first, last)))
             first = last
         return pieces
 
@@ -252,6 +264,9 @@ class TorchEngine:
     def _score(self, block: _Block, hidden_ND: torch.Tensor) -> None:
         targets_NK, columns = self._inputs(block)
         logprobs_NK = self.base.head.logprobs(hidden_ND, block.segments, targets_NK)
+        if block.loss == CUSTOM:
+            self._custom(block, logprobs_NK)
+            return
         if losses.needs_whole_sequences(block.loss):
             columns[losses.SEQUENCE_LOG_RATIO] = losses.sequence_log_ratio(
                 logprobs_NK[:, 0], columns, block.lengths_S
@@ -264,6 +279,10 @@ class TorchEngine:
     ) -> None:
         head, loss = self.base.head, block.loss
         targets_NK, columns = self._inputs(block)
+        if loss == CUSTOM:
+            slopes_NK = self._custom(block, head.logprobs(hidden_ND, block.segments, targets_NK))
+            head.backward(hidden_ND, block.segments, targets_NK, lambda rows, _: slopes_NK[rows], gradient_ND)
+            return
         if losses.needs_whole_sequences(loss):
             logprobs_N = head.logprobs(hidden_ND, block.segments, targets_NK)[:, 0]
             columns[losses.SEQUENCE_LOG_RATIO] = losses.sequence_log_ratio(
@@ -279,12 +298,34 @@ class TorchEngine:
 
         head.backward(hidden_ND, block.segments, targets_NK, slope_of, gradient_ND)
 
+    def _custom(self, block: _Block, logprobs_NK: torch.Tensor) -> torch.Tensor:
+        """dL/dlogprob [N, K] of losses that their clients described; waits for the device."""
+        logprobs = logprobs_NK.cpu().numpy()
+        losses_N, slopes_NK = np.zeros(len(logprobs), np.float32), np.zeros_like(logprobs)
+        row = 0
+        for piece in block.pieces:
+            custom, sums = piece.given.custom, block.metric_sums.setdefault(piece.operation, {})
+            assert custom is not None
+            for datum in range(piece.datums.start, piece.datums.stop):
+                rows = slice(row, row + int(piece.given.lengths_S[datum]))
+                width = int(piece.given.target_widths_S[datum])
+                own = logprobs[rows, :width] if width else logprobs[rows, 0]
+                losses_N[row], slope, metrics = custom_loss.evaluate(custom, datum, own)
+                slopes_NK[rows, : max(width, 1)] = slope.reshape(len(slope), -1)
+                _add(sums, metrics)
+                row = rows.stop
+        block.results[:, :-1] = logprobs_NK
+        block.results[:, -1] = to_device(losses_N, self.base.device)
+        return to_device(slopes_NK, self.base.device)
+
     def _inputs(self, block: _Block) -> tuple[torch.Tensor, losses.Columns]:
         """Targets [N, K] and the loss's columns, on the device in one copy each."""
         given, device = [(piece.given, piece.rows) for piece in block.pieces], self.base.device
         targets = np.concatenate([g.targets_TK[rows] for g, rows in given]).astype(np.int64)
         targets_NK = to_device(targets, device)
         names = list(given[0][0].columns)
+        if block.loss == CUSTOM:
+            return targets_NK, {}
         if block.loss == "cross_entropy":
             weights = np.concatenate([g.columns["weights"][rows] for g, rows in given])
             return targets_NK, {"weights": to_device(weights.astype(np.float32), device)}
@@ -304,6 +345,11 @@ def _any_input(lengths_S: Int64, vocabulary: int) -> TrainInput:
         target_widths_S=np.zeros(len(lengths_S), np.int64),
         columns={"weights": np.ones((tokens, 1), np.float32)},
     )
+
+
+def _add(sums: dict[str, float], own: dict[str, float]) -> None:
+    for name, value in own.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def _neighbourhood(spec: LoraSpec) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import numpy as np
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
 from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.batch import TrainInput
 from tinsmith_api.journal import leases
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.leases import Lease
@@ -154,7 +155,8 @@ class Intake:
     it was sent; `ahead` counts the unpacked operations of every run, and the engine corrects it at each turn.
 
     `patience_seconds`: for how long an object store that does not answer is asked for a checkpoint. A run's
-    snapshot is waited for without end: nobody is served by a run that fails because of it.
+    snapshot is waited for without end: nobody is served by a run that fails because of it. `check` raises
+    InvalidInput for a call that could break a pass.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class Intake:
         inbox: "queue.SimpleQueue[Event]",
         *,
         patience_seconds: float = 120.0,
+        check: Callable[[TrainInput], None] = lambda given: None,
     ) -> None:
         self.journal = journal
         self.objects = objects
@@ -175,6 +178,7 @@ class Intake:
         self.worker_id = worker_id
         self.inbox = inbox
         self.patience_seconds = patience_seconds
+        self.check = check
         self.known: dict[str, int] = {}
         self.sampling: set[str] = set()
         self.ahead: dict[str, int] = {}
@@ -384,6 +388,7 @@ class Intake:
             given = datums.read(
                 message, vocab_size=limits.vocab_size, max_context_length=limits.max_context_length
             )
+            self.check(given)
             return Prepared(operation, given)
         call: Json = json.loads(operation.payload)
         reads = operation.kind in _READING and call.get("object_prefix")

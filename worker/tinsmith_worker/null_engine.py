@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinsmith.wire.batch import TrainOutput
+from tinsmith.wire.batch import TrainInput, TrainOutput
 from tinsmith_worker.contract import (
-    AdamParams,
     AdapterState,
     Failure,
     LoraSpec,
     ModelFacts,
+    OptimizerParams,
     SampledSequence,
     SampleInput,
     SampleOutput,
@@ -35,6 +35,9 @@ class NullEngine:
     def size_bytes(self, spec: LoraSpec) -> int:
         return 16
 
+    def check(self, given: TrainInput) -> None:
+        pass
+
     def create(self, run_id: str, spec: LoraSpec) -> None:
         weights = np.zeros(1, np.float32)
         self._runs[run_id] = AdapterState(spec, (("null", 0, (1,)),), weights, weights, weights)
@@ -51,7 +54,7 @@ class NullEngine:
             for w in work
         ]
 
-    def optim_steps(self, steps: Sequence[tuple[str, AdamParams]]) -> list[dict[str, float] | Failure]:
+    def optim_steps(self, steps: Sequence[tuple[str, OptimizerParams]]) -> list[dict[str, float] | Failure]:
         return [self._step(run_id, params) for run_id, params in steps]
 
     def state(self, run_id: str) -> AdapterState:
@@ -63,7 +66,7 @@ class NullEngine:
     def load(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
         self._runs[run_id] = state
 
-    def _step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
+    def _step(self, run_id: str, params: OptimizerParams) -> dict[str, float] | Failure:
         state = self._runs[run_id]
         self._runs[run_id] = replace(state, weights=state.weights + 1, gradient=None, step=state.step + 1)
         return {

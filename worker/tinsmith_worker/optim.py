@@ -1,4 +1,5 @@
-"""AdamW on an adapter's flat buffers, as torch.optim.AdamW does it tensor by tensor."""
+"""Optimizer steps on adapters' flat buffers: AdamW, as torch.optim.AdamW does it tensor by tensor; Muon is in
+`muon.py`."""
 
 import math
 from collections.abc import Sequence
@@ -6,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tinsmith_worker import muon
 from tinsmith_worker.adapters import Adapter
-from tinsmith_worker.contract import AdamParams, Failure
+from tinsmith_worker.contract import AdamParams, Failure, OptimizerParams
 from tinsmith_worker.lora import triton_kernels
 
 
-def steps(wanted: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float] | Failure]:
+def steps(wanted: Sequence[tuple[Adapter, OptimizerParams]]) -> list[dict[str, float] | Failure]:
     """Apply the accumulated gradient (zeros if there is none) of each adapter and clear it.
 
     Clipping is torch.nn.utils.clip_grad_norm_ over all of an adapter's tensors. The metrics are `grad_norm`
@@ -32,14 +34,15 @@ def steps(wanted: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float]
     ]
 
 
-def _begin(adapter: Adapter, params: AdamParams) -> torch.Tensor | Failure:
+def _begin(adapter: Adapter, params: OptimizerParams) -> torch.Tensor | Failure:
     """The gradient's norm, after which everything happens on the device; only the step is not counted yet."""
-    if trouble := _trouble(params, adapter.step + 1):
+    trouble = _trouble(params, adapter.step + 1) if isinstance(params, AdamParams) else muon.trouble(params)
+    if trouble:
         return Failure(trouble)
     adapter.open_gradient()
     gradient = adapter.gradient
     assert gradient is not None
-    if gradient.is_cuda and triton_kernels() is not None:
+    if isinstance(params, AdamParams) and gradient.is_cuda and triton_kernels() is not None:
         norm = torch.linalg.vector_norm(gradient)
         _adamw_in_one_kernel(adapter, gradient, norm, params)
         return norm
@@ -47,13 +50,16 @@ def _begin(adapter: Adapter, params: AdamParams) -> torch.Tensor | Failure:
     if torch.isfinite(norm):
         if params.grad_clip_norm > 0:
             gradient.mul_((params.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        _adamw(adapter, gradient, params)
+        if isinstance(params, AdamParams):
+            _adamw(adapter, gradient, params)
+        else:
+            muon.apply(adapter, gradient, params)
         adapter.refresh()
     gradient.zero_()
     return norm
 
 
-def _finish(adapter: Adapter, params: AdamParams, grad_norm: float) -> dict[str, float] | Failure:
+def _finish(adapter: Adapter, params: OptimizerParams, grad_norm: float) -> dict[str, float] | Failure:
     adapter.has_gradient = False
     if not math.isfinite(grad_norm):
         return Failure(

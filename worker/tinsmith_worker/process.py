@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -27,7 +28,16 @@ from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers
 from tinsmith_worker.archive import Archive, RecoveryPoint
 from tinsmith_worker.channel import Line
-from tinsmith_worker.contract import AdamParams, Engine, Failure, LoraSpec, Sampler, Work
+from tinsmith_worker.contract import (
+    AdamParams,
+    Engine,
+    Failure,
+    LoraSpec,
+    MuonParams,
+    OptimizerParams,
+    Sampler,
+    Work,
+)
 from tinsmith_worker.intake import (
     AHEAD,
     Adopt,
@@ -129,6 +139,7 @@ class Worker:
             worker_id,
             self.inbox,
             patience_seconds=settings.storage_patience_seconds,
+            check=engine.check,
         )
         self.outbox = Outbox(
             journal,
@@ -514,7 +525,7 @@ class Worker:
                 with metrics.COMPUTE.labels(ops.OPTIM_STEP).time():
                     self.slots.bring(run_ids)
                     answered = self.engine.optim_steps(
-                        [(p.operation.subject, AdamParams(**p.given["adam_params"])) for p in group]
+                        [(p.operation.subject, _optimizer_params(p.given)) for p in group]
                     )
             except Exception as error:  # some may have been applied
                 self._recover(group, error)
@@ -684,6 +695,12 @@ class Worker:
         self.journal.write(lambda c: leases.stop_worker(c, self.worker_id)).result()
         self.channel.close()
         self.journal.close()
+
+
+def _optimizer_params(given: dict[str, Any]) -> OptimizerParams:
+    if "muon_params" in given:
+        return MuonParams(**given["muon_params"])
+    return AdamParams(**given["adam_params"])
 
 
 def _budgets(engine: Engine, settings: WorkerSettings) -> dict[str, int]:

@@ -84,6 +84,10 @@ def entry_of(pieces: Iterable[bytes]) -> Entry:
     return Entry(size_bytes, sha256.hexdigest())
 
 
+def in_one_piece(body: bytes) -> Callable[[], Iterator[bytes]]:
+    return lambda: iter((body,))
+
+
 def manifest_of(entries: Mapping[str, Entry]) -> bytes:
     listed = {name: {"bytes": entry.size_bytes, "sha256": entry.sha256} for name, entry in entries.items()}
     return json.dumps({"files": listed}, indent=1, sort_keys=True).encode()
@@ -118,7 +122,7 @@ class DirectoryStore:
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
         whole = self._read_if_whole(prefix)
         if whole is None:
-            self._write(prefix, {name: lambda body=body: iter([body]) for name, body in files.items()})
+            self._write(prefix, {name: in_one_piece(body) for name, body in files.items()})
         self._sync_parents(prefix)
         return sum(len(body) for body in (whole or files).values())
 

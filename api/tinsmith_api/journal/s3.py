@@ -31,6 +31,7 @@ from tinsmith_api.journal.objects import (
     Unavailable,
     check,
     entry_of,
+    in_one_piece,
     manifest_of,
     read_manifest,
     size_of,
@@ -84,7 +85,7 @@ class S3Store:
             raise Unavailable(_advice(self._bucket, endpoint, error)) from error
 
     def put(self, prefix: str, files: dict[str, bytes]) -> int:
-        return self._put(prefix, {name: lambda body=body: iter([body]) for name, body in files.items()})
+        return self._put(prefix, {name: in_one_piece(body) for name, body in files.items()})
 
     def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
         return self._put(prefix, {name: pieces})

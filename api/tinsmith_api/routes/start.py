@@ -47,6 +47,7 @@ async def client_config(mine: Mine) -> Response:
             "create_model_via_load_weights": True,
             "pjwt_auth_enabled": mine.service.settings.jwt_auth,
             "sample_join_sampling_session": True,
+            "custom_loss_server_side": True,
             "sample_use_retrieve_futures": mine.service.settings.poll_by_sampler,
             "session_seconds": mine.service.settings.session_seconds,
         }

@@ -12,9 +12,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from tinsmith.errors import InvalidInput, NotFound
-from tinsmith.wire import datums, json_form
+from tinsmith.wire import datums, json_form, loss_graph
 from tinsmith.wire import tinsmith_pb2 as pb
-from tinsmith_api import provenance
+from tinsmith_api import optimizers, provenance
 from tinsmith_api.bodies import (
     Body,
     Metadata,
@@ -32,6 +32,7 @@ from tinsmith_api.journal.operations import Operation, insert_if_new
 from tinsmith_api.journal.store import Statement
 from tinsmith_api.journal.tables import operations, runs, sampling_sessions
 from tinsmith_api.owner import Mine, MineToChange, Owner, check_usable
+from tinsmith_api.routes import losses
 from tinsmith_api.uploads import check_json, check_protobuf
 
 router = APIRouter(prefix="/api/v1")
@@ -71,7 +72,7 @@ class CreateModel(Body):
 async def create_model(mine: MineToChange, request: Request) -> Response:
     body = parse(CreateModel, await read_body(request, mine.service.settings.max_body_bytes))
     await mine.open_session(body.session_id)
-    _check_optimizer(body.optimizer_config)
+    optimizer = optimizers.chosen(body.optimizer_config) or optimizers.NAMES[0]
     facts = await mine.service.facts(body.base_model)
     given = body.lora_config
     if not 1 <= given.rank <= facts.max_rank:
@@ -81,7 +82,8 @@ async def create_model(mine: MineToChange, request: Request) -> Response:
     # A seed is fixed here, so that a replay makes the same adapter.
     lora = {**given.model_dump(), "seed": secrets.randbits(48) if given.seed is None else given.seed}
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
-    return reply(await _create(mine, run_id, body.session_id, body.base_model, lora, body.user_metadata, {}))
+    made = {"base_model": body.base_model, "lora": lora, "optimizer": optimizer}
+    return reply(await _create(mine, run_id, body.session_id, made, body.user_metadata, {}))
 
 
 class LoadWeights(Body):
@@ -108,22 +110,22 @@ async def load_weights(mine: MineToChange, request: Request) -> Response:
         run = await mine.run(body.model_id)
         try:
             checkpoint = await mine.readable_checkpoint(body.path, body.weights_access_token)
-            payload = _load(checkpoint, run.base_model, body.optimizer)
+            payload = _load(checkpoint, run.base_model, run.optimizer, body.optimizer)
         except (InvalidInput, NotFound) as error:
             return reply(await _refuse(mine, run, body.seq_id, ops.LOAD_WEIGHTS, error))
         return reply(await _call(mine, run, body.seq_id, ops.LOAD_WEIGHTS, payload))
     if body.model_seq_id is None:
         raise InvalidInput("load_weights with a session_id needs model_seq_id")
     await mine.open_session(body.session_id)
-    _check_optimizer(body.optimizer_config)
     checkpoint = await mine.readable_checkpoint(body.path, body.weights_access_token)
     base_model = body.base_model or checkpoint.base_model
-    payload = _load(checkpoint, base_model, body.optimizer)
+    # With its optimizer's state comes the optimizer itself; without, a new run is trained as any other.
+    inherited = checkpoint.optimizer if body.optimizer else optimizers.NAMES[0]
+    optimizer = optimizers.chosen(body.optimizer_config) or inherited
+    payload = _load(checkpoint, base_model, optimizer, body.optimizer)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
-    created = await _create(
-        mine, run_id, body.session_id, base_model, checkpoint.lora, body.user_metadata, payload
-    )
-    return reply(created)
+    made = {"base_model": base_model, "lora": checkpoint.lora, "optimizer": optimizer}
+    return reply(await _create(mine, run_id, body.session_id, made, body.user_metadata, payload))
 
 
 class GetInfo(Body):
@@ -142,7 +144,7 @@ async def get_info(mine: Mine, request: Request) -> Response:
             "model_name": run.base_model,
             "is_lora": True,
             "lora_rank": run.lora["rank"],
-            "optimizer_config": {"type": "adamw"},
+            "optimizer_config": {"type": run.optimizer},
             "model_data": {
                 "model_name": run.base_model,
                 "arch": facts.architecture,
@@ -200,19 +202,10 @@ async def forward(mine: MineToChange, request: Request) -> Response:
         return reply(await _forward_backward_json(mine, body, "forward_input"))
 
 
-class Adam(Strict):
-    learning_rate: float = Field(1e-4, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-12, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip_norm: float = Field(0.0, ge=0)
-
-
 class OptimStep(Body):
     model_id: str
     seq_id: SeqId
-    adam_params: Adam | None = None
+    adam_params: optimizers.Adam | None = None
     optimizer_params: Json | None = None
 
 
@@ -220,11 +213,11 @@ class OptimStep(Body):
 async def optim_step(mine: MineToChange, request: Request) -> Response:
     body = await _parse_call(mine, OptimStep, await read_body(request, mine.service.settings.max_body_bytes))
     run = await mine.run(body.model_id)
-    if body.optimizer_params is not None:
-        error = InvalidInput("optimizer_params: this run is trained with adamw, send adam_params")
+    try:
+        params = optimizers.step_params(run.optimizer, body.adam_params, body.optimizer_params)
+    except InvalidInput as error:
         return reply(await _refuse(mine, run, body.seq_id, ops.OPTIM_STEP, error))
-    params = (body.adam_params or Adam()).model_dump()
-    return reply(await _call(mine, run, body.seq_id, ops.OPTIM_STEP, {"adam_params": params}))
+    return reply(await _call(mine, run, body.seq_id, ops.OPTIM_STEP, params))
 
 
 class SaveWeights(Body):
@@ -316,7 +309,7 @@ async def weights_info(mine: Mine, request: Request) -> Response:
             "train_unembed": lora["train_unembed"],
             "train_mlp": lora["train_mlp"],
             "train_attn": lora["train_attn"],
-            "optimizer_config": {"type": "adamw"},
+            "optimizer_config": {"type": checkpoint.optimizer},
         }
     )
 
@@ -383,23 +376,16 @@ def _highest(connection: sa.Connection, run_id: str) -> int:
 
 
 async def _create(
-    mine: Owner,
-    run_id: str,
-    session_id: str,
-    base_model: str,
-    lora: Json,
-    user_metadata: Json | None,
-    payload: Json,
+    mine: Owner, run_id: str, session_id: str, made: Json, user_metadata: Json | None, payload: Json
 ) -> Json:
-    """A run and its operation number 0."""
+    """A run and its operation number 0. `made`: of which base_model, lora and optimizer."""
 
     def insert_run(connection: sa.Connection) -> None:
         row = {
             "id": run_id,
             "tenant_id": mine.tenant_id,
             "session_id": session_id,
-            "base_model": base_model,
-            "lora": lora,
+            **made,
             "user_metadata": user_metadata or {},
             "created_at": time.time(),
             "epoch": 0,
@@ -412,7 +398,7 @@ async def _create(
         0,
         ops.CREATE_MODEL,
         mine.tenant_id,
-        base_model,
+        made["base_model"],
         answer={"model_id": run_id},
         payload=json.dumps(payload).encode(),
     )
@@ -452,6 +438,9 @@ async def _forward_backward(mine: Owner, message: pb.ForwardBackwardRequest, bod
         if message.loss_fn == provenance.LOSS:
             await provenance.fill(mine, message)
             body = message.SerializeToString()
+        if message.loss_fn == loss_graph.LOSS:
+            await losses.fill(mine, run, message)
+            body = message.SerializeToString()
         tokens = await mine.in_turn(len(body), count_tokens)
     except InvalidInput as error:
         return await _refuse(mine, run, message.seq_id, ops.FORWARD_BACKWARD, error)
@@ -469,17 +458,22 @@ async def _forward_backward(mine: Owner, message: pb.ForwardBackwardRequest, bod
     )
 
 
-def _load(checkpoint: Any, base_model: str, optimizer: bool) -> Json:
-    """The payload that loads a checkpoint into a run of `base_model`."""
+def _load(checkpoint: Any, base_model: str, optimizer: str, with_optimizer: bool) -> Json:
+    """The payload that loads a checkpoint into a run of `base_model` that is trained with `optimizer`."""
     path = checkpoint.path
     check_usable(checkpoint)
     if checkpoint.base_model != base_model:
         raise InvalidInput(f"{path} was trained on {checkpoint.base_model}, not on {base_model}")
-    if optimizer and checkpoint.kind != "weights":
+    if with_optimizer and checkpoint.kind != "weights":
         raise InvalidInput(
             f"{path} holds no optimizer state: load it with optimizer=false, or save with save_state"
         )
-    return {"path": path, "optimizer": optimizer, "object_prefix": checkpoint.object_prefix}
+    if with_optimizer and checkpoint.optimizer != optimizer:
+        raise InvalidInput(
+            f"{path} was trained with {checkpoint.optimizer}, this run with {optimizer}: load it with "
+            "optimizer=false"
+        )
+    return {"path": path, "optimizer": with_optimizer, "object_prefix": checkpoint.object_prefix}
 
 
 async def _save(
@@ -550,8 +544,3 @@ async def _save(
 def _is_sampler(connection: sa.Connection, sampler_id: str) -> bool:
     statement = sa.select(sampling_sessions.c.id).where(sampling_sessions.c.id == sampler_id)
     return connection.execute(statement).one_or_none() is not None
-
-
-def _check_optimizer(config: Json | None) -> None:
-    if config is not None and config.get("type", "adamw") != "adamw":
-        raise InvalidInput(f"optimizer_config.type {config['type']!r} is not supported: use 'adamw'")

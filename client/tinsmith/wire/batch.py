@@ -8,9 +8,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from tinsmith.wire.loss_graph import LossGraph
+
+Array = npt.NDArray[np.generic]
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class CustomInput:
+    """A loss of the client's own, and for every datum what the loss takes beside logprobs, in its order."""
+
+    graph: LossGraph
+    inputs: tuple[tuple[Array, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -18,7 +29,8 @@ class TrainInput:
     """A validated forward_backward, unpacked once from the wire.
 
     `columns` holds everything the loss needs per token, settings included: cross_entropy has
-    `weights` [T, K]; the others have [T] arrays under the names of `tinsmith.wire.losses`.
+    `weights` [T, K]; the others have [T] arrays under the names of `tinsmith.wire.losses`; a custom loss has
+    `custom` instead.
     `target_widths` is [S]: 0 where a datum's targets are 1-D, else its own K (columns beyond it are
     padding of weight 0).
     """
@@ -31,6 +43,7 @@ class TrainInput:
     target_widths_S: Int64
     columns: dict[str, Float32]
     echo: dict[str, float] = field(default_factory=dict)  # settings in force, repeated in the metrics
+    custom: CustomInput | None = None
 
     @property
     def tokens(self) -> int:
@@ -44,7 +57,9 @@ class TrainInput:
 
 @dataclass(frozen=True)
 class TrainOutput:
-    """logprobs_TK: log p of every target under the current weights. losses_T: the loss of each row."""
+    """logprobs_TK: log p of every target under the current weights. losses_T: the loss of each row; a custom
+    loss of a datum stands in its first. metric_sums: those of a custom loss, summed over datums."""
 
     logprobs_TK: Float32
     losses_T: Float32
+    metric_sums: dict[str, float] = field(default_factory=dict)

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from tinsmith.errors import InvalidInput
+from tinsmith.wire import loss_graph
 from tinsmith.wire import tinsmith_pb2 as pb
-from tinsmith.wire.batch import Float32, Int64, TrainInput, TrainOutput
+from tinsmith.wire.batch import Array, CustomInput, Float32, Int64, TrainInput, TrainOutput
 from tinsmith.wire.losses import LOSSES
 
 Given = TypeVar("Given")
@@ -80,10 +81,14 @@ def array(tensor: pb.Tensor) -> npt.NDArray[np.generic]:
 def _read(request: pb.ForwardBackwardRequest, vocab_size: int, max_context_length: int) -> TrainInput:
     if not request.data:
         raise InvalidInput("`data` is empty: send at least one datum")
-    loss = request.loss_fn
-    if loss not in LOSSES:
-        raise InvalidInput(f"unknown loss_fn {loss!r}: known are {', '.join(sorted(LOSSES))}")
-    settings = _settings(request)
+    loss, custom = request.loss_fn, None
+    if loss == loss_graph.LOSS:
+        custom, settings = loss_graph.read(request.custom_loss), {}
+    elif loss in LOSSES:
+        settings = _settings(request)
+    else:
+        known = ", ".join(sorted((*LOSSES, loss_graph.LOSS)))
+        raise InvalidInput(f"unknown loss_fn {loss!r}: known are {known}")
     tokens = [_at(i, _tokens, datum) for i, datum in enumerate(request.data)]
     lengths_S = np.array([len(t) for t in tokens], np.int64)
     for i, length in enumerate(lengths_S):
@@ -94,6 +99,7 @@ def _read(request: pb.ForwardBackwardRequest, vocab_size: int, max_context_lengt
     tokens_T = np.concatenate(tokens)
     _check_range("model_input", tokens_T, vocab_size, lengths_S)
     targets_TK, widths_S = _targets(request, lengths_S, vocab_size)
+    width = targets_TK.shape[1]
     return TrainInput(
         loss=loss,
         forward_only=request.forward_only,
@@ -101,8 +107,9 @@ def _read(request: pb.ForwardBackwardRequest, vocab_size: int, max_context_lengt
         tokens_T=tokens_T,
         targets_TK=targets_TK,
         target_widths_S=widths_S,
-        columns=_columns(request, settings, lengths_S, targets_TK.shape[1], widths_S),
+        columns=_columns(request, settings, lengths_S, width, widths_S) if custom is None else {},
         echo=settings,
+        custom=None if custom is None else CustomInput(custom, _custom_inputs(request, custom, widths_S)),
     )
 
 
@@ -133,6 +140,10 @@ def metrics(given: TrainInput, output: TrainOutput) -> dict[str, float]:
     policy) from the sampling policy's own samples (Schulman, "Approximating KL Divergence", estimator k1).
     """
     found = {"loss:sum": float(output.losses_T.sum(dtype=np.float64)), "tokens:sum": float(given.tokens)}
+    if given.loss == loss_graph.LOSS:
+        datums = {"sum": 1, "mean": len(given.lengths_S)}
+        own = {name: value / datums[name.rpartition(":")[2]] for name, value in output.metric_sums.items()}
+        return found | own
     if given.loss == "cross_entropy":
         weights = given.columns["weights"]
         found["weights:sum"] = float(weights.sum(dtype=np.float64))
@@ -239,7 +250,7 @@ def _targets(request: pb.ForwardBackwardRequest, lengths_S: Int64, vocab_size: i
                 f"datum {i}: `target_tokens` has shape {list(shape)}, but the input has {length} tokens: "
                 f"it must be [{length}] or [{length}, K]"
             )
-        if len(shape) == 2 and request.loss_fn != "cross_entropy":
+        if len(shape) == 2 and request.loss_fn not in ("cross_entropy", loss_graph.LOSS):
             raise InvalidInput(
                 f"datum {i}: {request.loss_fn} takes one target per token, `target_tokens` is 2-D"
             )
@@ -286,6 +297,46 @@ def _columns(
         else:
             columns[name] = np.full(int(lengths_S.sum()), value, np.float32)
     return columns
+
+
+def _custom_inputs(
+    request: pb.ForwardBackwardRequest, loss: loss_graph.LossGraph, widths_S: Int64
+) -> tuple[tuple[Array, ...], ...]:
+    """What the loss takes of every datum beside logprobs: of any shape, of the rank it was created for."""
+    rank = loss.inputs[0][1]
+    cells = 0
+    for i, (datum, width) in enumerate(zip(request.data, widths_S, strict=True)):
+        if rank != (2 if width else 1):
+            raise InvalidInput(
+                f"datum {i}: `target_tokens` has {2 if width else 1} dimensions, and {loss.name} takes "
+                f"logprobs of {rank}"
+            )
+        for name, rank_of_input in loss.inputs[1:]:
+            tensor = datum.loss_fn_inputs.get(name)
+            if tensor is None:
+                raise InvalidInput(f"datum {i}: {loss.name} needs `{name}` in loss_fn_inputs")
+            shape = _at(i, shape_of, tensor, name)
+            # One number without a shape is a scalar where one is taken, and a list of one elsewhere.
+            is_scalar = not tensor.shape and shape == (1,) and rank_of_input == 0
+            if rank_of_input != (0 if is_scalar else len(shape)):
+                raise InvalidInput(
+                    f"datum {i}: `{name}` has shape {list(shape)}, and {loss.name} takes "
+                    f"{rank_of_input} dimensions"
+                )
+            cells += math.prod(shape)
+    if cells > _MAX_CELLS:  # looked at before anything is made dense
+        raise InvalidInput(
+            f"the inputs of {loss.name} have more than {_MAX_CELLS} cells: send fewer datums at a time"
+        )
+    return tuple(
+        tuple(_custom_input(i, datum.loss_fn_inputs[name], name, rank) for name, rank in loss.inputs[1:])
+        for i, datum in enumerate(request.data)
+    )
+
+
+def _custom_input(index: int, tensor: pb.Tensor, name: str, rank: int) -> Array:
+    values = _at(index, array, tensor, name)
+    return values if rank else values.reshape(())
 
 
 def _column(

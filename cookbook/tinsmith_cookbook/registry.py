@@ -1,6 +1,7 @@
 """Every recipe, how it is run at its short setting, and what must come out.
 
-A row is added here with the recipe: `make cookbook` runs all of them and compares.
+A row is added here with the recipe: `make cookbook` runs all of them and compares. The bounds of what is
+learnt by sampling lie outside what seeds 0, 1 and 2 gave (docs/cookbook-rl.json), so that others pass too.
 """
 
 import math
@@ -98,7 +99,7 @@ RECIPES = [
         "rlhf",
         "RLHF: supervised, a reward model, reinforcement learning",
         "rlhf",
-        {"agreement_after": (0.8, 1), "win_rate": (0.55, 1)},
+        {"agreement_after": (0.7, 1), "win_rate": (0.6, 1)},
     ),
     Recipe(
         "distill",
@@ -110,7 +111,7 @@ RECIPES = [
         "distill-prompt",
         "A prompt distilled into the weights",
         "distill",
-        {"student_before": (0, 0.1), "student_after": (0.2, 1)},
+        {"student_before": (0, 0.1), "student_after": (0.35, 1)},
         ("--method", "off", "--teacher", "prompt"),
     ),
     Recipe(
@@ -120,14 +121,14 @@ RECIPES = [
         {"student_before": (0, 0.2), "student_after": (0.4, 1)},
         ("--method", "topk", "--teacher", "shown", "--steps", "24"),
     ),
-    Recipe("self-play", "Tic-tac-toe against itself", "self_play", {"gain_against_random": (0.1, 1)}),
+    Recipe("self-play", "Tic-tac-toe against itself", "self_play", {"gain_against_random": (0.05, 1)}),
     Recipe(
         "tool-use",
         "A calculator, called when it helps",
         "tool_use",
         {"reward_before": (0, 0.8), "reward_after": (0.85, 1)},
     ),
-    Recipe("rubric", "A rubric as the reward, and win rates", "rubric", {"win_rate_by_rubric": (0.55, 1)}),
+    Recipe("rubric", "A rubric as the reward, and win rates", "rubric", {"win_rate_by_rubric": (0.6, 1)}),
     Recipe(
         "synthetic",
         "Questions and answers made from documents, checked",

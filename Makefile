@@ -2,13 +2,14 @@
 # make demo      fine-tune a small model through a service of your own
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
-# make fuzz, bench-train, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
+# make test-versions, compatibility, fuzz: other SDKs and clients; see below
+# make bench-train, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: install demo cookbook test fuzz lint
+.PHONY: install demo cookbook test test-versions fuzz compatibility lint
 .PHONY: bench-train bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
@@ -60,9 +61,19 @@ cookbook: install
 test: install lint
 	.venv/bin/python -m pytest
 
+# Every supported version of the official SDK, each in an environment of its own. Those are built the first time, in
+# $TINSMITH_TEST_CACHE or ~/.cache/tinsmith (2 GB); a version is a line of tests/versions/environments.py.
+test-versions: install
+	.venv/bin/python -m pytest tests/versions/matrix.py $(ARGS)
+
 # 5,000 examples of what the OpenAPI document allows.
 fuzz: install
 	TINSMITH_FUZZ_EXAMPLES=5000 .venv/bin/python -m pytest tests/e2e/test_openapi.py $(ARGS)
+
+# The same versions, and docs/compatibility.md written anew from what came of it.
+compatibility: install
+	rm -f docs/compatibility.json
+	TINSMITH_RECORD_COMPATIBILITY=1 .venv/bin/python -m pytest tests/versions/matrix.py
 
 lint: install
 	.venv/bin/ruff check -q .

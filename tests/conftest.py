@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.compatibility.plugin import Plugin
+
 if TYPE_CHECKING:
     from tests import servers
     from tinsmith_api.journal.objects import ObjectStore
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have everything written to memory, where there is room for it: what is tested syncs thousands of times, and no
-    test takes the machine's power away. With --basetemp it goes where that says, and stays."""
+    """Note what is driven of the official SDK, and have everything written to memory, where there is room for it: what
+    is tested syncs thousands of times, and no test takes the machine's power away. With --basetemp it goes where that
+    says, and stays."""
+    config.pluginmanager.register(Plugin(), "compatibility")
     memory = Path("/dev/shm")
     if config.option.basetemp or not memory.is_dir() or shutil.disk_usage(memory).free < 4 << 30:
         return

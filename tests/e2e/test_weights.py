@@ -20,6 +20,7 @@ import pytest
 import tinker
 from safetensors.numpy import load_file
 
+from tests.compatibility.recorder import RECORDER
 from tests.conftest import RunningService
 from tests.e2e.wire import Json, Wire, datum
 
@@ -89,7 +90,9 @@ def cli(
         "TINKER_API_KEY": service.key if key is None else key,
     }
     command = [str(Path(sys.executable).parent / "tinker"), *words]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, input=given)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, input=given)
+    RECORDER.command(words, done.returncode, done.stdout + done.stderr)
+    return done
 
 
 def read(url: str) -> bytes:

@@ -21,10 +21,16 @@ from tinsmith_api.journal.tables import runs, tenants, workers
 LEASE_SECONDS = 5.0
 
 
-def ready_worker(store: Store, worker_id: str, *, silent_seconds: float = 0.0) -> None:  # noqa: F811
+def ready_worker(
+    store: Store,  # noqa: F811
+    worker_id: str,
+    *,
+    silent_seconds: float = 0.0,
+    **facts: str,
+) -> None:
     def enter(c: sa.Connection) -> None:
         leases.register_worker(c, worker_id, "m", {})
-        leases.describe_worker(c, worker_id, {"vocab_size": 7})
+        leases.describe_worker(c, worker_id, {"vocab_size": 7, **facts})
         c.execute(
             workers.update()
             .where(workers.c.id == worker_id)
@@ -65,6 +71,26 @@ def test_runs_go_to_the_least_loaded_worker_and_stay_there(store: Store, run: st
     assert [place(store, name) for name in names] == ["w2", "w3", "w2", "w3"]
     assert [place(store, name) for name in names] == ["w2", "w3", "w2", "w3"]
     assert holder(store, "r0") == ("w2", 1, 0)
+
+
+def test_a_worker_of_one_role_is_given_nothing_else(store: Store, run: str) -> None:  # noqa: F811
+    for name, role in (("w2", "train"), ("w3", "sample")):
+        ready_worker(store, name, role=role)
+    names = [f"r{i}" for i in range(3)]
+    for name in names:
+        new_run(store, name)
+    assert [place(store, name) for name in names] == ["w2"] * 3
+    pool = store.read(lambda c: leases.pools(c, heard_within_seconds=None)).result()["m"]
+    assert {pool.sampling_worker(f"s{n}") for n in range(20)} == {"w3"}
+    assert leases.Pool("m", {}, ("a",), train_only=frozenset("a")).sampling_worker("s") is None
+    # A sample whose worker is gone goes to one that samples, however many runs the others have.
+    tenant = store.read(lambda c: c.scalar(sa.select(tenants.c.id))).result()
+    sample = Operation("s", 1, ops.SAMPLE, tenant, "m", request_id="lost", worker_id="w3", payload=b"")
+    store.write(lambda c: ops.submit(c, sample)).result()
+    ready_worker(store, "w4", role="sample")
+    store.write(lambda c: leases.stop_worker(c, "w3")).result()
+    store.write(lambda c: leases.sweep(c, "m", dead_after_seconds=None)).result()
+    assert "lost" in beat(store, "w4").queued
 
 
 def test_nobody_is_given_runs_before_it_is_ready_or_while_it_drains(store: Store, run: str) -> None:  # noqa: F811

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from tinsmith_worker.contract import (
 )
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
-from tinsmith_worker.sampler import TorchSampler
+from tinsmith_worker.sampler import SamplerSettings, TorchSampler
 
 DTYPES = [torch.float32, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -305,22 +306,7 @@ def check_sampler(small: bool) -> list[Finding]:
     for dtype in DTYPES:
         limit = 1e-4 if dtype == torch.float32 else 0.05
         engine = reset(engine_with(small, dtype))
-        sampler = TorchSampler(engine.base)
-        worst = 0.0
-        for run in ("all", "attention"):
-            sampler.hold(run, engine.state(run))
-        for run in ("all", "attention"):
-            prompt = np.arange(5, 45, dtype=np.int32)
-            sampler.add(SampleInput(run, run, prompt, 8, 64, seed=1, stop_tokens=()))
-        while sampler.busy:
-            for output in sampler.step():
-                assert isinstance(output, SampleOutput), output
-                for sequence in output.sequences:
-                    whole = np.concatenate([prompt, sequence.tokens])
-                    given = _next_tokens(whole)
-                    forward = engine.forward_backward([Work(output.request_id, given)])[0]
-                    theirs = forward.logprobs_TK[len(prompt) - 1 :, 0]
-                    worst = max(worst, float(np.abs(theirs - sequence.logprobs).mean()))
+        worst = max(float(np.abs(ours - theirs).mean()) for ours, theirs in _sampled(engine, exact=False))
         findings.append(
             {
                 "check": f"sampler's logprobs against forward's, mean, {dtype}".replace("torch.", ""),
@@ -330,7 +316,36 @@ def check_sampler(small: bool) -> list[Finding]:
             }
         )
         say(findings[-1])
+        engine = reset(engine_with(small, dtype, deterministic=True))
+        differ = sum(int((ours != theirs).sum()) for ours, theirs in _sampled(engine, exact=True))
+        findings.append(
+            {
+                "check": f"exact logprobs that are not a forward_backward's, {dtype}".replace("torch.", ""),
+                "error": differ,
+                "limit": 0,
+                "passed": differ == 0,
+            }
+        )
+        say(findings[-1])
     return findings
+
+
+def _sampled(engine: TorchEngine, *, exact: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The logprobs of what was sampled, and the engine's of the same tokens (exact: of a forward_backward)."""
+    settings = SamplerSettings(cache_bytes=1 << 28)
+    sampler = TorchSampler(engine.base, settings=settings, score=engine.score if exact else None)
+    prompt = np.arange(5, 45, dtype=np.int32)
+    for run in ("all", "attention"):
+        sampler.hold(run, engine.state(run))
+        sampler.add(SampleInput(run, run, prompt, 8, 64, seed=1, stop_tokens=()))
+    while sampler.busy:
+        for output in sampler.step():
+            assert isinstance(output, SampleOutput), output
+            for sequence in output.sequences:
+                given = _next_tokens(np.concatenate([prompt, sequence.tokens]))
+                work = Work(output.request_id, replace(given, forward_only=not exact))
+                found = engine.forward_backward([work])[0].logprobs_TK[len(prompt) - 1 :, 0]
+                yield sequence.logprobs, found
 
 
 def _next_tokens(tokens: np.ndarray) -> TrainInput:

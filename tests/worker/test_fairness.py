@@ -9,7 +9,8 @@ import pytest
 
 from tests.worker.test_process import CountingEngine, House
 from tinsmith.wire.batch import TrainOutput
-from tinsmith_worker.contract import Work
+from tinsmith_worker.contract import Failure, SampleOutput, Work
+from tinsmith_worker.null_engine import NullSampler
 from tinsmith_worker.schedule import FORWARD_BACKWARD, Item, Schedule
 
 SECONDS_PER_TOKEN = 40e-6
@@ -112,6 +113,51 @@ def test_a_thousand_queued_calls_of_one_tenant_do_not_double_another_s_latency(
     assert house.queued(last), "the flood was over before it was measured"
     ratio = statistics.median(flooded) / statistics.median(shared)
     assert ratio < 2.0, (ratio, statistics.median(shared), statistics.median(flooded))
+    house.drain()
+
+
+class Endless(NullSampler):
+    """Always has something to sample, a step of which takes five milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps_before: list[int] = []  # every pass
+        self.steps = 0
+
+    def step(self) -> list[SampleOutput | tuple[str, Failure]]:
+        time.sleep(0.005)
+        self.steps += 1
+        return []
+
+    @property
+    def busy(self) -> bool:
+        return True
+
+
+def test_training_waits_for_sampling_no_longer_than_a_slice_and_neither_starves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Endless()
+
+    class Watched(Paced):
+        def forward_backward(self, work: Sequence[Work]) -> list[TrainOutput]:
+            sampler.steps_before.append(sampler.steps)
+            sampler.steps = 0
+            return super().forward_backward(work)
+
+    monkeypatch.setattr("tests.worker.test_process.CountingEngine", Watched)
+    monkeypatch.setattr("tests.worker.test_process.NullSampler", lambda: sampler)
+    house = House(tmp_path)
+    house.start("w1", pass_tokens=2048, slice_seconds=0.05)
+    house.run("mine")
+    sent = [house.train("mine", seq_id, *[1] * 2048) for seq_id in range(1, 11)]
+    for request_id in sent:
+        assert house.outcome(request_id).error is None
+    # The first of them found the worker sampling only; a pass takes 80 ms, more than a slice.
+    between = sampler.steps_before[1:]
+    assert len(between) >= 9
+    assert min(between) >= 1
+    assert max(between) <= 0.05 / 0.005 + 2, between
     house.drain()
 
 

@@ -24,11 +24,11 @@ from tinsmith_worker.contract import (
     SampleOutput,
     Work,
 )
-from tinsmith_worker.engine import TorchEngine
+from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
 from tinsmith_worker.sampler.cache import Cache
-from tinsmith_worker.sampler.torch_sampler import _by_adapter
+from tinsmith_worker.sampler.order import by_adapter
 from tinsmith_worker.stream import Stream
 
 PROMPT = np.array([1, 319, 201, 42, 75, 383, 900, 77, 1300, 12, 450], np.int32)
@@ -188,6 +188,44 @@ def test_sampled_logprobs_are_the_trainers_forward(
     assert engine.state("run").gradient is None
 
 
+@pytest.mark.parametrize("name", ["", *SPECS])
+def test_exact_logprobs_are_a_later_forward_backwards_bit_for_bit(
+    name: str, base: Base, states: dict[str, AdapterState]
+) -> None:
+    engine = TorchEngine(base, EngineSettings(deterministic=True))
+    try:
+        exact = TorchSampler(base, score=engine.score)
+        exact.hold(name, states.get(name) or states["wide"])
+        asked = [
+            request(str(n), name, num_samples=2, max_tokens=9 + n, seed=n, temperature=n % 2)
+            for n in range(3)
+        ]
+        found = run(exact, *asked, request("narrowed", name, temperature=0.5))
+        plain = run(make(base, states), *asked, request("narrowed", name, temperature=0.5))
+        engine.create("neighbour", SPECS["narrow"])
+        if name:
+            engine.restore("run", states[name])
+        else:
+            engine.create("run", SPECS["wide"])
+        for one in [*asked, request("narrowed")]:
+            for sequence, other in zip(
+                found[one.request_id].sequences, plain[one.request_id].sequences, strict=True
+            ):
+                assert sequence.tokens.tolist() == other.tokens.tolist()
+                np.testing.assert_allclose(sequence.logprobs, other.logprobs, atol=ROUNDING)
+                if one.request_id == "narrowed":
+                    continue
+                text = np.concatenate([PROMPT, sequence.tokens])
+                work = [
+                    Work("neighbour", forward_of(PROMPT, train=True)),
+                    Work("run", forward_of(text, train=True)),
+                ]
+                trained = engine.forward_backward(work)[1].logprobs_TK[len(PROMPT) - 1 :, 0]
+                assert np.array_equal(sequence.logprobs, trained)
+    finally:
+        base.is_deterministic = False
+
+
 def test_sampled_logprobs_of_the_base_are_those_of_transformers(sampler: TorchSampler, folder: Path) -> None:
     sequence = one(sampler, max_tokens=40).sequences[0]
     logprobs = plain_logprobs(folder, np.concatenate([PROMPT, sequence.tokens]))
@@ -286,7 +324,18 @@ def test_a_prompt_read_in_many_passes_gives_what_one_pass_gives(
     assert np.array_equal(whole.prompt_alt_tokens.token_ids, pieces.prompt_alt_tokens.token_ids)
 
 
-@pytest.mark.parametrize("settings", [SamplerSettings(cache_bytes=1), SamplerSettings(max_sequences=2)])
+# A token's keys and values in the built-in base: 6 layers, 2 heads of 64, twice, float32.
+CELL_BYTES = 6 * 2 * 64 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplerSettings(cache_bytes=90 * CELL_BYTES, page_tokens=2),
+        SamplerSettings(cache_bytes=96 * CELL_BYTES, page_tokens=16, max_pass_tokens=16),
+        SamplerSettings(max_sequences=2),
+    ],
+)
 def test_what_does_not_fit_waits_and_is_sampled_all_the_same(
     settings: SamplerSettings, base: Base, states: dict[str, AdapterState], sampler: TorchSampler
 ) -> None:
@@ -544,10 +593,10 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 
-    def forward(self, stream: Stream) -> torch.Tensor:
+    def forward(self, stream: Stream, *acting: Any) -> torch.Tensor:
         if bool((stream.tokens_T == self._token).any()):
             raise RuntimeError("out of memory")
-        return self._base.forward(stream)
+        return self._base.forward(stream, *acting)
 
 
 def test_a_prompt_that_cannot_be_read_fails_alone(base: Base, sampler: TorchSampler) -> None:
@@ -593,65 +642,122 @@ def test_a_token_that_cannot_be_sampled_fails_its_own_request_alone(
         assert_same(answer, expected[name])
 
 
-class Small(Cache):
-    """A cache whose last tensor finds no memory for more than `limit` tokens, when all others have grown."""
-
-    limit = 512
-
-    def _grown(self, old_SGLC: torch.Tensor, slots: int, length: int) -> torch.Tensor:
-        if old_SGLC is self.values[-1] and slots * length > self.limit:
-            raise RuntimeError("no memory")
-        return super()._grown(old_SGLC, slots, length)
-
-
-def test_what_finds_no_memory_waits_or_fails_alone(base: Base, sampler: TorchSampler) -> None:
-    asked = [request("grows too long", max_tokens=700, prompt=np.tile(PROMPT, 11))]
-    asked += [request(f"fits {n}", max_tokens=20, num_samples=3, seed=n) for n in range(3)]
-    asked += [request("never fits", prompt=np.resize(PROMPT, 1000))]
-    expected = run(sampler, *asked[1:4])
-    small = TorchSampler(base)
-    small._cache = Small()
+def test_what_could_never_fit_is_refused_and_nobody_else_is(base: Base, sampler: TorchSampler) -> None:
+    asked = [request("too long", max_tokens=700), request("fits", max_tokens=20, num_samples=3)]
+    expected = run(sampler, asked[1])
+    small = make(base, {}, SamplerSettings(cache_bytes=128 * CELL_BYTES))
     for given in asked:
         small.add(given)
     found = named(answers(small))
-    for name in ("grows too long", "never fits"):
-        failed = found.pop(name)
-        assert isinstance(failed, tuple)
-        assert (failed[1].category, "no memory" in failed[1].message) == ("server", True)
-    assert found.keys() == expected.keys()
+    refused, fits = found["too long"], found["fits"]
+    assert isinstance(refused, tuple)
+    assert (refused[1].category, "set a smaller max_tokens" in refused[1].message) == ("user", True)
+    assert isinstance(fits, SampleOutput)
+    assert_same(fits, expected["fits"])
+
+
+class Scarce(Cache):
+    """A machine that has no memory for more than `most` pages."""
+
+    most = 40
+
+    def open(self, pages: int, **where: Any) -> None:
+        if pages > self.most:
+            raise RuntimeError("no memory")
+        super().open(pages, **where)
+
+
+def test_a_cache_that_finds_no_memory_is_made_smaller(
+    base: Base, sampler: TorchSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(sampler, request("r", num_samples=20))
+    monkeypatch.setattr("tinsmith_worker.sampler.runner.Cache", Scarce)
+    small = TorchSampler(base)
+    assert small._places.pages.count in range(20, 40)
+    assert_same(run(small, request("r", num_samples=20))["r"], expected["r"])
+
+
+def test_sequences_that_step_back_are_what_they_would_have_been(
+    base: Base, sampler: TorchSampler, states: dict[str, AdapterState]
+) -> None:
+    """Eight grow to 41 tokens where there is room for some 100: they make room for each other many times."""
+    asked = [
+        request(str(n), "wide" if n % 2 else "", num_samples=2, seed=n, max_tokens=30, topk_sample_logprobs=1)
+        for n in range(4)
+    ]
+    expected = run(sampler, *asked)
+    small = make(base, states, SamplerSettings(cache_bytes=100 * CELL_BYTES, page_tokens=4))
+    steps_back = 0
+    step_back = small._places.step_back
+
+    def counted() -> Any:
+        nonlocal steps_back
+        steps_back += 1
+        return step_back()
+
+    small._places.step_back = counted  # type: ignore[method-assign]
+    found = run(small, *asked)
+    assert steps_back > 3
     for name, answer in found.items():
-        assert isinstance(answer, SampleOutput), answer
         assert_same(answer, expected[name])
+    assert small._places.pages.available == small._places.pages.count
 
 
-def test_a_cache_that_cannot_grow_holds_what_it_held() -> None:
-    cache = Small()
-    cache.reserve(2, 128)
-    one_token = torch.ones(1, 1, 4)
-    for layer in range(2):
-        for tensor in cache.layer(layer, one_token, one_token):
-            tensor[:, :, :100] = layer + 1
-    for slots, length in ((5, 128), (2, 300), (3, 300)):
-        with pytest.raises(RuntimeError, match="no memory"):
-            cache.reserve(slots, length)
-        assert cache.slots >= 2
-        assert cache.length >= 100
-        for layer, tensor in [*enumerate(cache.keys), *enumerate(cache.values)]:
-            assert tensor.shape[0] >= cache.slots
-            assert tensor.shape[2] >= cache.length
-            assert bool((tensor[:2, :, :100] == layer + 1).all())
-    cache.reserve(4, 128)
-    assert (cache.slots, cache.length) == (4, 128)
-    assert all(bool((t[:2, :, :100] == 2).all()) for t in (cache.keys[1], cache.values[1]))
+# What was read before
 
 
-def test_spare_slots_are_made_only_within_the_caches_bytes() -> None:
-    for affordable, expected in ((9, 9), (100, 10), (2, 8)):
-        cache = Cache()
-        cache.reserve(1, 1)
-        cache.layer(0, torch.ones(1, 1, 4), torch.ones(1, 1, 4))
-        cache.reserve(8, 128, max_bytes=affordable * 128 * cache.token_bytes)
-        assert cache.keys[0].shape[0] == cache.slots == expected
+def test_a_prompt_is_read_once_for_all_who_ask_of_the_same_weights(sampler: TorchSampler) -> None:
+    prompt = np.resize(PROMPT, 100)  # three pages of 32 and a bit
+    asked = [
+        request("first", "wide", prompt=prompt),
+        request("same", "wide", prompt=prompt, seed=6),  # waits for the first to be read
+        request("longer", "wide", prompt=np.append(prompt[:70], PROMPT)),
+        request("scored", "wide", prompt=prompt, prompt_logprobs=True),
+        request("scored at its end", "wide", prompt=prompt, prompt_logprobs=True, prompt_logprobs_last_n=20),
+        request("other weights", "narrow", prompt=prompt),
+        request("other tenant", "wide", prompt=prompt, tenant_id="b"),
+    ]
+    alone = {given.request_id: run(fresh(sampler), given)[given.request_id] for given in asked}
+    assert {answer.cache_hit_tokens for answer in alone.values()} == {0}
+    together = run(fresh(sampler), *asked)
+    hits = {name: answer.cache_hit_tokens for name, answer in together.items()}
+    assert hits == {
+        "first": 0,
+        "same": 96,
+        "longer": 64,
+        "scored": 0,
+        "scored at its end": 64,  # the row before position 80 says how likely its token is
+        "other weights": 0,
+        "other tenant": 0,
+    }
+    for name, answer in together.items():
+        assert_same(answer, alone[name])
+
+
+def fresh(sampler: TorchSampler) -> TorchSampler:
+    """One that has read nothing yet."""
+    made = TorchSampler(sampler.base, sampler.tokenizer, sampler.settings)
+    made._shelf = sampler._shelf
+    return made
+
+
+def test_a_conversation_goes_on_from_what_was_sampled(sampler: TorchSampler) -> None:
+    first = run(sampler, request("1", "wide", max_tokens=60))["1"].sequences[0]
+    prompt = np.concatenate([PROMPT, first.tokens, PROMPT]).astype(np.int32)
+    asked = request("2", "wide", prompt=prompt)
+    found, alone = run(sampler, asked)["2"], run(fresh(sampler), asked)["2"]
+    assert (found.cache_hit_tokens, alone.cache_hit_tokens) == (64, 0)
+    assert_same(found, alone)
+
+
+def test_what_was_read_makes_way_for_what_is_read(base: Base, states: dict[str, AdapterState]) -> None:
+    small = make(base, states, SamplerSettings(cache_bytes=128 * CELL_BYTES, page_tokens=16))
+    prompts = [np.roll(np.resize(PROMPT, 60), n).astype(np.int32) for n in range(3)]
+    hits = [
+        run(small, request(str(n), prompt=prompts[n], max_tokens=4))[str(n)].cache_hit_tokens
+        for n in (0, 1, 1, 2, 0)
+    ]
+    assert hits == [0, 0, 48, 0, 16]  # the end of a text makes way before its beginning
 
 
 def test_alternatives_at_a_temperature_near_zero_are_the_likeliest_tokens(sampler: TorchSampler) -> None:
@@ -671,7 +777,7 @@ def test_targets_as_they_come_from_the_wire_are_taken_without_a_warning(sampler:
 def test_rows_of_the_base_alone_are_no_gap_among_the_adapters_rows(base: Base) -> None:
     wide, narrow = base.new_adapter(SPECS["wide"]), base.new_adapter(SPECS["narrow"])
     adapters = [wide, None, narrow, None, wide]
-    assert _by_adapter(range(5), adapters) == [1, 3, 0, 4, 2]
+    assert by_adapter(range(5), adapters) == [1, 3, 0, 4, 2]
 
 
 def test_a_cancelled_request_is_gone_wherever_it_was(base: Base) -> None:

@@ -64,6 +64,7 @@ def main() -> None:
             idle_seconds=given.idle_seconds,
             slot_bytes=given.slot_bytes,
             host_bytes=given.host_bytes,
+            role=given.role,
         ),
     )
     for number in (signal.SIGTERM, signal.SIGINT) if given.channel is None else (signal.SIGTERM,):
@@ -89,6 +90,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-port", type=int, default=0)
     parser.add_argument("--engine", choices=["torch", "null"], default="torch")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument(
+        "--exact-logprobs",
+        action="store_true",
+        help="score what was sampled by the trainer's forward: with --deterministic, the logprobs of a later "
+        "forward_backward bit for bit",
+    )
+    parser.add_argument(
+        "--role",
+        choices=["train", "sample", "both"],
+        default="both",
+        help="what it is given to do: a pool may have workers of its own for either",
+    )
     parser.add_argument("--pass-tokens", type=int, default=WorkerSettings.pass_tokens)
     parser.add_argument("--gap-seconds", type=float, default=WorkerSettings.gap_seconds)
     parser.add_argument("--snapshot-seconds", type=float, default=WorkerSettings.snapshot_seconds)
@@ -146,6 +159,8 @@ def _open_engine(given: argparse.Namespace) -> tuple[Engine, Sampler]:
     return open_engine(
         given.path,
         deterministic=given.deterministic,
+        exact_logprobs=given.exact_logprobs,
+        role=given.role,
         pass_tokens=given.pass_tokens,
     )
 

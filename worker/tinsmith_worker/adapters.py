@@ -80,9 +80,16 @@ class Adapter:
     """
 
     def __init__(
-        self, spec: LoraSpec, sites: Sequence[Site], *, device: torch.device, dtype: torch.dtype
+        self,
+        spec: LoraSpec,
+        sites: Sequence[Site],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        frozen: torch.Tensor | None = None,
     ) -> None:
-        """All weights zero; follow with `initialise` or `take`."""
+        """All weights zero; follow with `initialise` or `take`. Or those of `frozen` [P], which are sampled
+        and not trained: there are no masters."""
         self.spec = spec
         self.scale = LORA_ALPHA / spec.rank
         self.sites = tuple(site for site in sites if targets(spec, site.kind))
@@ -92,8 +99,12 @@ class Adapter:
             )
         self.layout = lay_out(spec, sites)
         size = adapter_elements(spec, sites)
-        self.weights = torch.zeros(size, dtype=torch.float32, device=device)
-        self.compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
+        if frozen is None:
+            self.weights = torch.zeros(size, dtype=torch.float32, device=device)
+            self.compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
+        else:
+            assert (frozen.shape, frozen.dtype) == ((size,), dtype), (frozen.shape, frozen.dtype)
+            self.weights = self.compute = frozen
         self.views = self._views(self.compute)
         self.places = np.full((sites[-1].group + 1, 1 + MOST_MEMBERS), -1, np.int64)
         start, unit = self.compute.data_ptr(), ALIGNMENT * self.compute.element_size()

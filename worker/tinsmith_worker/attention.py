@@ -27,6 +27,8 @@ class CausalSequences:
     sequence's numbers are its own bit for bit.
     """
 
+    may_compile = True
+
     def __init__(self, lengths_S: npt.NDArray[np.int64], *, is_deterministic: bool = False) -> None:
         self._lengths: list[int] = lengths_S.tolist()
         self._is_deterministic = is_deterministic
@@ -46,11 +48,16 @@ class CausalSequences:
         of_one_width = query_THC.shape[-1] == value_TGC.shape[-1]  # the kernel for all knows no other
         self.in_one_call = query_THC.is_cuda and query_THC.dtype != torch.float32 and of_one_width
         if self.in_one_call:
-            return self.forward(query_THC, key_TGC, value_TGC, scale)[0]
+            return self.forward(layer, query_THC, key_TGC, value_TGC, scale)[0]
         return self._each(query_THC, key_TGC, value_TGC, scale)
 
     def forward(
-        self, query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query_THC: torch.Tensor,
+        key_TGC: torch.Tensor,
+        value_TGC: torch.Tensor,
+        scale: float,
     ) -> tuple[torch.Tensor, tuple[Any, ...]]:
         """`attend` on CUDA in half precision, and what `backward` wants back."""
         if self._alike(len(query_THC)):

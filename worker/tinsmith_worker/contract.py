@@ -6,7 +6,7 @@ Everything here runs on one thread, the engine's; only `AdapterState` and output
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,7 @@ class SampleInput:
     topk_sample_logprobs: int = 0
     target_prompt_logprobs: npt.NDArray[np.int64] | None = None  # [prompt - 1, K]; -1 in an empty cell
     prompt_alt_tokens_k: int = 0
+    tenant_id: str = ""  # nobody else's prompts are known to have been read before
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,10 @@ class Engine(Protocol):
         ...
 
     def state(self, run_id: str) -> AdapterState: ...
+    def frozen(self, run_id: str) -> object:
+        """A copy of its weights on the device, for `Sampler.hold`."""
+        ...
+
     def restore(self, run_id: str, state: AdapterState) -> None:
         """Make (or replace) the adapter exactly as `state` has it."""
         ...
@@ -199,8 +204,8 @@ class Engine(Protocol):
 
 
 class Sampler(Protocol):
-    def hold(self, sampler_id: str, state: AdapterState) -> None:
-        """Keep a frozen copy of these weights under this name (idempotent)."""
+    def hold(self, sampler_id: str, weights: Any) -> None:
+        """Keep these weights, an AdapterState or what `Engine.frozen` gave, under this name (idempotent)."""
         ...
 
     def holds(self, sampler_id: str) -> bool: ...

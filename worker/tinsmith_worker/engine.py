@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tinsmith.errors import InvalidInput
-from tinsmith.wire.batch import Int64, TrainInput, TrainOutput
+from tinsmith.wire.batch import Int32, Int64, TrainInput, TrainOutput
 from tinsmith.wire.loss_graph import LOSS as CUSTOM
 from tinsmith_worker import custom_loss, losses, optim
 from tinsmith_worker.activations import Keeping
@@ -25,6 +26,7 @@ from tinsmith_worker.model import Base
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
 
 _PIECES_PER_PASS = 8
+_SCORED = "\0scored"  # no run's id
 # Triton's kernels are compiled for blocks of 16, 32, 64 and 128 columns.
 _USUAL_RANKS = (8, 16, 32, 64, 128)
 
@@ -146,6 +148,22 @@ class TorchEngine:
 
     def state(self, run_id: str) -> AdapterState:
         return self._adapters[run_id].state()
+
+    def frozen(self, run_id: str) -> Adapter:
+        """A copy of its weights on the device, for a sampler to hold."""
+        adapter = self._adapters[run_id]
+        return self.base.frozen_adapter(adapter.spec, adapter.compute.clone())
+
+    def score(self, adapter: Adapter, texts: Sequence[Int32]) -> list[npt.NDArray[np.float32]]:
+        """log p of every token of each text but its first, as a run with this adapter has it that is trained
+        on the text: in deterministic mode bit for bit."""
+        self._adapters[_SCORED] = adapter
+        try:
+            # Each by itself, as a call of its own: the head's product of other rows may round otherwise.
+            outputs = self.forward_backward([Work(_SCORED, _scored(text)) for text in texts])
+        finally:
+            self.drop(_SCORED)
+        return [output.logprobs_TK[:, 0] for output in outputs]
 
     def restore(self, run_id: str, state: AdapterState) -> None:
         self._check_rank(state.spec)
@@ -350,6 +368,18 @@ def _any_input(lengths_S: Int64, vocabulary: int) -> TrainInput:
 def _add(sums: dict[str, float], own: dict[str, float]) -> None:
     for name, value in own.items():
         sums[name] = sums.get(name, 0.0) + value
+
+
+def _scored(text: Int32) -> TrainInput:
+    return TrainInput(
+        loss="cross_entropy",
+        forward_only=True,
+        lengths_S=np.array([len(text) - 1], np.int64),
+        tokens_T=text[:-1],
+        targets_TK=text[1:, None].astype(np.int64),
+        target_widths_S=np.zeros(1, np.int64),
+        columns={"weights": np.ones((len(text) - 1, 1), np.float32)},
+    )
 
 
 def _neighbourhood(spec: LoraSpec) -> tuple[int, int]:

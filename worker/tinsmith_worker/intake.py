@@ -408,7 +408,8 @@ class Intake:
         task = pb.SampleTask()
         try:
             task.ParseFromString(operation.payload)
-            self.inbox.put(SampleArrived(operation, task, sample_input(operation.request_id, task)))
+            given = sample_input(operation.request_id, task, tenant_id=operation.tenant_id)
+            self.inbox.put(SampleArrived(operation, task, given))
         except Exception as error:
             self.inbox.put(SampleArrived(operation, task, None, _cannot(error, "be sampled")))
 
@@ -469,12 +470,13 @@ def _is_replayed(operation: Operation) -> bool:
     return operation.state == ops.DONE and operation.kind in ops.CHANGING
 
 
-def sample_input(request_id: str, task: pb.SampleTask) -> SampleInput:
+def sample_input(request_id: str, task: pb.SampleTask, *, tenant_id: str = "") -> SampleInput:
     targets = None
     if task.HasField("target_prompt_logprobs"):
         targets = asked(task.target_prompt_logprobs)
     return SampleInput(
         request_id=request_id,
+        tenant_id=tenant_id,
         sampler_id=task.object_prefix,
         prompt=np.frombuffer(task.prompt, "<i4"),
         num_samples=task.num_samples,

@@ -59,10 +59,7 @@ class Loop:
         self._shrunk: dict[int, list[torch.Tensor]] = {}  # by group, from forward to backward
 
     def forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
-        ys = [
-            join([F.linear(rows_NI, member.weight, member.bias) for rows_NI in self._blocks(x_TI)])
-            for member in group.members
-        ]
+        ys = self._base_forward(group, x_TI)
         shrunk = []
         for rows, adapter in self._parts:
             A_XI, Bs = adapter.views[group.number]
@@ -92,6 +89,12 @@ class Loop:
 
     def _blocks(self, of_TX: torch.Tensor) -> Sequence[torch.Tensor]:
         return of_TX.split(self._block) if self._block else (of_TX,)
+
+    def _base_forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            join([F.linear(rows_NI, member.weight, member.bias) for rows_NI in self._blocks(x_TI)])
+            for member in group.members
+        ]
 
     def _base_backward(self, group: "Group", dys_NO: Sequence[torch.Tensor]) -> torch.Tensor:
         dx_NI = torch.mm(dys_NO[0], group.members[0].weight)
@@ -254,15 +257,17 @@ def _places(adapters: Sequence[Adapter], buffers: Sequence[torch.Tensor]) -> np.
     return np.stack([a.places + bytes_ // unit for a, bytes_ in zip(adapters, apart, strict=True)], -1)
 
 
-def tiles(segments: Sequence[Segment], number: dict[int, int], rows: int) -> np.ndarray:
+def tiles(
+    segments: Sequence[Segment], number: dict[int, int], rows: int, *, tile_rows: int = TILE_ROWS
+) -> np.ndarray:
     """[tiles, 3]: first row, last row + 1, adapter (-1: none), covering all rows."""
     found, at = [], 0
     for start, stop, adapter in [
         *((s.start, s.stop, number[id(s.adapter)]) for s in segments if s.adapter is not None),
         (rows, rows, -1),
     ]:
-        found += [(row, min(row + TILE_ROWS, start), -1) for row in range(at, start, TILE_ROWS)]
-        found += [(row, min(row + TILE_ROWS, stop), adapter) for row in range(start, stop, TILE_ROWS)]
+        found += [(row, min(row + tile_rows, start), -1) for row in range(at, start, tile_rows)]
+        found += [(row, min(row + tile_rows, stop), adapter) for row in range(start, stop, tile_rows)]
         at = stop
     return np.array(found, np.int32)
 
@@ -337,6 +342,7 @@ class Current:
     """Where the base's modules find the pass under way; `now` is None between passes."""
 
     now: Pass | None = None
+    joined = False  # whether a group's outputs are wanted side by side, as a sampler's step does
 
 
 class Group:
@@ -353,13 +359,32 @@ class Group:
         self.current = current
         self.key = register(self)
         self.outputs: tuple[torch.Tensor, ...] = ()  # of the members that have not been asked yet
+        self.weight: torch.Tensor | None = None  # all members' side by side, once they are joined
+        self.bias: torch.Tensor | None = None
+
+    def join(self) -> None:
+        """Lay the members' weights side by side, for one product instead of several; theirs become views."""
+        biases: list[torch.Tensor] = [m.bias for m in self.members if m.bias is not None]
+        if self.weight is not None or len(biases) not in (0, len(self.members)):
+            return
+        widths = [m.out_features for m in self.members]
+        self.weight = (
+            torch.cat(tuple(m.weight for m in self.members)) if len(widths) > 1 else self.members[0].weight
+        )
+        self.bias = torch.cat(biases) if biases else None
+        for member, weight in zip(self.members, self.weight.split(widths), strict=True):
+            member.weight = nn.Parameter(weight, requires_grad=False)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., I] to [..., O] of every member; outside of a pass the base alone."""
         x_TI = x.reshape(-1, self.inputs)
         if torch.compiler.is_compiling():
             widths = [m.out_features for m in self.members] + [0] * (MOST_MEMBERS - len(self.members))
-            ys = group_forward(x_TI, self.key, *widths)[: len(self.members)]
+            if self.current.joined:
+                y = group_joined(x_TI, self.key, sum(widths))
+                ys = y.split(widths[: len(self.members)], 1)
+            else:
+                ys = group_forward(x_TI, self.key, *widths)[: len(self.members)]
         elif self.current.now is None:
             ys = tuple(F.linear(x_TI, m.weight, m.bias) for m in self.members)
         else:
@@ -442,6 +467,18 @@ def _(
         return x_TI.new_empty(x_TI.shape[0], width) if width else x_TI.new_empty(0)
 
     return empty(width0), empty(width1), empty(width2)
+
+
+@library.custom_op("tinsmith::group_joined", mutates_args=())
+def group_joined(x_TI: torch.Tensor, key: torch.Tensor, width: int) -> torch.Tensor:
+    """No gradient: a sampler's."""
+    group: Group = owner_of(key)
+    return group.deltas.joined(group, x_TI)  # type: ignore[attr-defined]
+
+
+@group_joined.register_fake
+def _(x_TI: torch.Tensor, key: torch.Tensor, width: int) -> torch.Tensor:
+    return x_TI.new_empty(x_TI.shape[0], width)
 
 
 @library.custom_op("tinsmith::group_backward", mutates_args=())

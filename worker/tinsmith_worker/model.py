@@ -6,6 +6,7 @@ Shapes: T packed tokens, D hidden, V vocabulary.
 import collections
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,11 +73,11 @@ class Base:
             tokenizer=tokenizer,
         )
         self._current = Current()
+        self._groups: list[Group] = []
         self.kernels = self.device.type == "cuda" and triton_kernels() is not None
         self.is_deterministic = False
         self.keeping: Keeping | None = None
         self.kept = Keeping()  # by the last training pass
-        self._last: tuple[tuple[Segment, ...], int, dict[Kind, Deltas]] = ((), 0, {})
         layers = _layers(self._decoder, config)
         self.activations = Activations(len(layers))
         expected = self._probe_alone(architecture)
@@ -102,8 +103,16 @@ class Base:
         for layer in self._layers:
             layer.compile()
 
-    def forward(self, stream: Stream) -> torch.Tensor:
-        """Hidden states [T, D] after the final norm. With gradients on, `backward` must be the next call."""
+    def join_groups(self) -> None:
+        """Lay weights that are multiplied with the same input side by side. For training nothing changes."""
+        for group in self._groups:
+            group.join()
+
+    def forward(self, stream: Stream, acting: dict[Kind, Deltas] | None = None) -> torch.Tensor:
+        """Hidden states [T, D] after the final norm. With gradients on, `backward` must be the next call.
+
+        `acting`: what the adapters do instead of what the stream's segments say; its groups are joined.
+        """
         embedded_1TD = self._embedding(stream.tokens_T.unsqueeze(0))
         train = torch.is_grad_enabled()
         if train:
@@ -111,12 +120,12 @@ class Base:
             embedded_1TD.requires_grad_(True)
         now = Pass(
             stream.attention,
-            self._deltas(stream, train=train),
+            acting or self._deltas(stream, train=train),
             train=train,
-            may_compile=isinstance(stream.attention, CausalSequences),  # a sampler's is not
+            may_compile=stream.attention.may_compile,
             keeping=(self.keeping or self._as_memory_allows(len(stream.tokens_T))) if train else Keeping(),
         )
-        self._current.now = now
+        self._current.now, self._current.joined = now, acting is not None
         before = self._allocated()
         try:
             output = self._decoder(
@@ -134,15 +143,9 @@ class Base:
         return hidden_1TD.squeeze(0)
 
     def _deltas(self, stream: Stream, *, train: bool) -> dict[Kind, Deltas]:
-        rows = len(stream.tokens_T)
-        if not train and self._last[0] is stream.segments and self._last[1] == rows:
-            return self._last[2]  # a sampler's next token: everything is where it was
         block = LEAST_ROWS if self.is_deterministic and self.device.type == "cpu" else None
-        found = deltas(stream.segments, rows, self.device, kernels=self.kernels, train=train, block=block)
-        # The engine's passes never come again, and what is kept keeps its adapters in memory.
-        of_sampler = not isinstance(stream.attention, CausalSequences)
-        self._last = (stream.segments, rows, found) if of_sampler else ((), 0, {})
-        return found
+        rows = len(stream.tokens_T)
+        return deltas(stream.segments, rows, self.device, kernels=self.kernels, train=train, block=block)
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -182,6 +185,10 @@ class Base:
         adapter.take(state, optimizer=optimizer)
         return adapter
 
+    def frozen_adapter(self, spec: LoraSpec, compute: torch.Tensor) -> Adapter:
+        """One that is sampled only: `compute` [P] is of the base's dtype."""
+        return Adapter(spec, self.sites, device=self.device, dtype=self.dtype, frozen=compute)
+
     def _replace_linears(
         self, layers: list[tuple[str, nn.Module]], together: list[list[nn.Module]]
     ) -> Iterator[Site]:
@@ -199,14 +206,15 @@ class Base:
                 at_attention = any(word in of_group[0].lower() for word in ("attn", "attention"))
                 kind: Kind = "attn" if at_attention else "mlp"
                 group = Group(number, linears, kind, self._current)
+                self._groups.append(group)
                 for name, one, member in zip(of_group, linears, group.members, strict=True):
                     parent_name, _, child = name.rpartition(".")
                     parent = layer.get_submodule(parent_name)
                     setattr(parent, child, member)
                     # The attention function is handed the module that calls it, and nothing of ours.
-                    if not hasattr(parent, "tinsmith_current"):
-                        parent.tinsmith_current = self._current  # type: ignore[assignment]
-                        parent.tinsmith_key = register(self._current)
+                    if not hasattr(parent, "tinsmith_caller"):
+                        parent.tinsmith_caller = _Caller(self._current, getattr(parent, "layer_idx", 0))  # type: ignore[assignment]
+                        parent.tinsmith_key = register(parent.tinsmith_caller)
                     yield Site(f"{prefix}{path}.{name}", kind, one.in_features, one.out_features, number)
                 number += 1
 
@@ -314,6 +322,14 @@ _PROBE_LENGTHS = [40, 24]
 _BESIDE_ACTIVATIONS = 6 << 30
 
 
+@dataclass(frozen=True, eq=False)
+class _Caller:
+    """Who calls for attention."""
+
+    current: Current
+    layer: int
+
+
 class _Layer:
     """A decoder layer's `forward` as the pass under way wants it: compiled, its activations kept or not."""
 
@@ -410,7 +426,7 @@ def _attention(
     if torch.compiler.is_compiling():
         output_THC = _attend(*parts, called.tinsmith_key, scale)
     else:
-        output_THC = called.tinsmith_current.now.attention.attend(called.layer_idx, *parts, scale)
+        output_THC = called.tinsmith_caller.current.now.attention.attend(called.layer_idx, *parts, scale)
     return output_THC.unsqueeze(0), None
 
 
@@ -418,8 +434,9 @@ def _attention(
 def _attend(
     query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, key: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    now = owner_of(key).now
-    output_THC, kept = now.attention.forward(query_THC, key_TGC, value_TGC, scale)
+    caller = owner_of(key)
+    now = caller.current.now
+    output_THC, kept = now.attention.forward(caller.layer, query_THC, key_TGC, value_TGC, scale)
     if now.train:
         now.kept[int(key)] = kept
     return output_THC
@@ -442,7 +459,7 @@ def _attend_backward(
     key: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    now = owner_of(key).now
+    now = owner_of(key).current.now
     kept = now.kept.pop(int(key))
     found = now.attention.backward(gradient_THC, query_THC, key_TGC, value_TGC, output_THC, kept, scale)
     dq, dk, dv = (x.contiguous() for x in found)

@@ -60,6 +60,9 @@ class NullEngine:
     def state(self, run_id: str) -> AdapterState:
         return self._runs[run_id]
 
+    def frozen(self, run_id: str) -> AdapterState:
+        return self._runs[run_id]
+
     def restore(self, run_id: str, state: AdapterState) -> None:
         self._runs[run_id] = state
 

@@ -11,13 +11,17 @@ from tinsmith_worker import tiny_base
 from tinsmith_worker.contract import Engine, Sampler
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
-from tinsmith_worker.sampler import TorchSampler
+from tinsmith_worker.null_engine import NullSampler
+from tinsmith_worker.sampler import SamplerSettings, TorchSampler
 
 BUILT_IN = "tiny"
 
 
-def open_engine(path: str, *, deterministic: bool, pass_tokens: int) -> tuple[Engine, Sampler]:
-    """`path`: a folder or a hub id; "tiny" is the built-in base, which comes with the package."""
+def open_engine(
+    path: str, *, deterministic: bool, pass_tokens: int, exact_logprobs: bool = False, role: str = "both"
+) -> tuple[Engine, Sampler]:
+    """`path`: a folder or a hub id; "tiny" is the built-in base, which comes with the package.
+    `exact_logprobs`: what is sampled is scored by the engine."""
     transformers_logging.disable_progress_bar()
     if path == BUILT_IN:
         path = str(tiny_base.FOLDER)
@@ -30,7 +34,18 @@ def open_engine(path: str, *, deterministic: bool, pass_tokens: int) -> tuple[En
         dtype=torch.bfloat16 if on_gpu else torch.float32,
     )
     engine = TorchEngine(base, EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic))
-    if on_gpu:
+    if on_gpu and (role != "sample" or exact_logprobs):
         engine.warm_up()
+    elif base.can_compile:
+        base.compile()
+    if role == "train":
+        return engine, NullSampler()
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    return engine, TorchSampler(base, tokenizer)
+    settings = SamplerSettings()
+    if on_gpu and role == "sample":
+        # Nothing else wants the memory, but for activations of prompts and what steps are recorded with.
+        free = torch.cuda.mem_get_info(base.device)[0]
+        settings = SamplerSettings(max_sequences=512, cache_bytes=free * 7 // 10, adapter_bytes=free // 10)
+    sampler = TorchSampler(base, tokenizer, settings, score=engine.score if exact_logprobs else None)
+    sampler.warm_up()
+    return engine, sampler

@@ -72,7 +72,8 @@ class WorkerSettings:
     behind it fail; longer than a client goes on repeating a lost call (5 minutes). slot_bytes: adapters on
     the device, host_bytes: in host memory; 0 for what the machine has room for. idle_seconds: a run that
     nobody called for so long is snapshotted and let go of. storage_patience_seconds: how long a store that
-    does not answer is asked, before a save or load fails."""
+    does not answer is asked, before a save or load fails. slice_seconds: sampling goes on for so long at
+    most while something waits to be trained. role: "train", "sample" or "both", and is given nothing else."""
 
     pass_tokens: int = 8192
     gap_seconds: float = 600.0
@@ -80,6 +81,8 @@ class WorkerSettings:
     samplers_held: int = 32
     slot_bytes: int = 0
     host_bytes: int = 0
+    slice_seconds: float = 0.5
+    role: str = "both"
     idle_seconds: float = 600.0
     storage_patience_seconds: float = 120.0
 
@@ -170,7 +173,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until told to drain or until whoever started this process is gone."""
-        facts = vars(self.engine.facts)
+        facts = vars(self.engine.facts) | {"role": self.settings.role}
 
         def enter(connection: sa.Connection) -> None:
             leases.describe_worker(connection, self.worker_id, facts)
@@ -186,8 +189,10 @@ class Worker:
             batch = self.schedule.next_batch(started)
             if batch:
                 self._execute(batch)
-            # For about as long as the pass took, so that neither starves the other.
-            self.sampling.decode(until=2 * time.monotonic() - started)
+            # For about as long as the pass took, so that neither starves the other; but what comes to be
+            # trained meanwhile waits for no more than a slice.
+            now = time.monotonic()
+            self.sampling.decode(until=now + min(now - started, self.settings.slice_seconds))
             self._fail_overdue()
             self._let_go()
         self._drain()
@@ -554,6 +559,10 @@ class Worker:
         operation = prepared.operation
         held = self.held[operation.subject]
         held.done_seq = operation.seq_id
+        samples = self.settings.role != "train" and self.engine.holds(operation.subject)
+        if samples and operation.kind == ops.SAVE_WEIGHTS_FOR_SAMPLER:
+            # Whoever samples them here need not wait until they are read back.
+            self.sampling.hold(prepared.given["object_prefix"], self.engine.frozen(operation.subject))
         self.archive.save(operation, prepared.given, held.lease.lora, self.slots.state(operation.subject))
 
     def _done(self, prepared: Prepared, body: Callable[[], bytes]) -> None:

@@ -107,6 +107,14 @@ class Sampling:
                 self._add(request_id)
         self._fill()
 
+    def hold(self, prefix: str, weights: object) -> None:
+        """Weights that are being saved under this prefix, as the engine has them now."""
+        try:
+            self._sampler.hold(prefix, weights)
+            self._keep(prefix)
+        except Exception:  # no memory for them, say: they will be read when they are asked for
+            log.exception("the weights of %s cannot be held", prefix)
+
     def decode(self, *, until: float) -> None:
         """Sample until that time (time.monotonic), at least one step, or until nothing is under way."""
         while self._sampler.busy:

@@ -16,7 +16,11 @@ another kernel, and so give other bits, than the same rows among more."""
 
 
 class Attention(Protocol):
-    """How the tokens of a stream see each other. Trainer and sampler bring their own."""
+    """How the tokens of a stream see each other. Trainer and sampler bring their own. `may_compile`: whether
+    layers may be compiled around it, where they can be at all: they call `forward` then."""
+
+    @property
+    def may_compile(self) -> bool: ...
 
     def attend(
         self,

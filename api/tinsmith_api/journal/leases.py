@@ -65,12 +65,14 @@ class Pool:
     ready: tuple[str, ...]
     starting: int = 0
     draining: int = 0
+    train_only: frozenset[str] = frozenset()
 
     def sampling_worker(self, sampler_id: str) -> str | None:
         """Always the same one for a sampler, as long as it lives: it holds the weights (rendezvous hashing,
         Thaler and Ravishankar 1998). None if none is ready."""
+        sampling = [worker for worker in self.ready if worker not in self.train_only]
         return max(
-            self.ready, key=lambda w: hashlib.sha256(f"{w} {sampler_id}".encode()).digest(), default=None
+            sampling, key=lambda w: hashlib.sha256(f"{w} {sampler_id}".encode()).digest(), default=None
         )
 
 
@@ -82,7 +84,11 @@ def clock(connection: sa.Connection) -> sa.ColumnElement[float]:
 
 
 _IS_LIVE = workers.c.stopped_at.is_(None)
-_TAKES_RUNS = sa.and_(_IS_LIVE, workers.c.ready_at.is_not(None), workers.c.draining_at.is_(None))
+_TAKES_MORE = sa.and_(_IS_LIVE, workers.c.ready_at.is_not(None), workers.c.draining_at.is_(None))
+# A worker says with its facts if it does one thing only: "train" or "sample".
+_ROLE = workers.c.facts["role"].as_string()
+_TAKES_RUNS = sa.and_(_TAKES_MORE, _ROLE.is_distinct_from("sample"))
+_TAKES_SAMPLES = sa.and_(_TAKES_MORE, _ROLE.is_distinct_from("train"))
 
 
 def register_worker(connection: sa.Connection, worker_id: str, base_model: str, facts: Json) -> None:
@@ -182,7 +188,7 @@ def place(connection: sa.Connection, run_id: str, base_model: str) -> str | None
     row = connection.execute(_PLACED, {"of_run": run_id}).one()
     if row.id is not None and row.stopped_at is None:
         return str(row.worker_id)
-    loads = _loads(connection, base_model)
+    loads = _loads(connection, base_model, _TAKES_RUNS)
     if not loads:
         return None
     _move(connection, run_id, row.worker_id, loads[0][1], died=False)
@@ -190,13 +196,15 @@ def place(connection: sa.Connection, run_id: str, base_model: str) -> str | None
     return chosen
 
 
-def _loads(connection: sa.Connection, base_model: str) -> list[tuple[int, str]]:
+def _loads(
+    connection: sa.Connection, base_model: str, takes: sa.ColumnElement[bool]
+) -> list[tuple[int, str]]:
     """(how many runs it has, worker) of those that take more, least loaded first."""
     count = sa.func.count(runs.c.id)
     statement = (
         sa.select(count, workers.c.id)
         .join_from(workers, runs, runs.c.worker_id == workers.c.id, isouter=True)
-        .where(workers.c.base_model == base_model, _TAKES_RUNS)
+        .where(workers.c.base_model == base_model, takes)
         .group_by(workers.c.id)
         .order_by(count, workers.c.id)
     )
@@ -232,7 +240,7 @@ def _place_runs(connection: sa.Connection, base_model: str) -> None:
         .where(runs.c.base_model == base_model, _HAS_QUEUED, _GONE)
         .order_by(runs.c.id)
     ).all()
-    if not orphans or not (loads := _loads(connection, base_model)):
+    if not orphans or not (loads := _loads(connection, base_model, _TAKES_RUNS)):
         return
     for row in orphans:
         load, worker_id = loads[0]
@@ -252,7 +260,7 @@ def _place_samples(connection: sa.Connection, base_model: str) -> None:
         )
         .order_by(operations.c.request_id)
     ).all()
-    if not orphans or not (loads := _loads(connection, base_model)):
+    if not orphans or not (loads := _loads(connection, base_model, _TAKES_SAMPLES)):
         return
     for number, row in enumerate(orphans):
         counts = _SAMPLE_COUNTS if row.died else 0
@@ -344,6 +352,7 @@ def pools(connection: sa.Connection, *, heard_within_seconds: float | None) -> d
             tuple(row.id for row in staying if row.ready_at is not None),
             starting=sum(row.ready_at is None for row in staying),
             draining=len(here) - len(staying),
+            train_only=frozenset(row.id for row in staying if (row.facts or {}).get("role") == "train"),
         )
     return {name: pool for name, pool in found.items() if pool.facts or pool.starting}
 

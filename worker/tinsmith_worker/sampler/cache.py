@@ -1,110 +1,85 @@
-"""The keys and values of the sequences under way, one slot each, and the two ways to attend to them.
+"""The keys and values of the sequences under way, in pages, and the two ways to attend to them.
 
-Shapes: S slots, L length of a slot, N rows (one token of N sequences), T packed tokens, H query heads,
-G key/value heads, C channels of a head.
+Shapes: E cells (one token each; `page_tokens` of them are a page), N rows (one token of N sequences), W
+pages of a row's sequence, L tokens of the longest, T packed tokens, H query heads, G key/value heads, C
+channels of a head.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-_STEP = 128  # slots grow by so many tokens: copying the cache at every token would be all we do
+from tinsmith_worker.copies import to_device
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Positions [start, stop) of the sequence in `slot`: the next `stop - start` rows of a stream."""
-
-    slot: int
-    start: int
-    stop: int
-
-
-def whole_steps(length: int) -> int:
-    """What a slot takes that is to hold `length` tokens."""
-    return -(-length // _STEP) * _STEP
+_aten: Any = torch.ops.aten
 
 
 class Cache:
-    """[S, G, L, C] keys and values for each layer; the values' C may be another.
+    """[E, G, C] keys and values for each layer; the values' C may be another.
 
-    Slots are used densely from 0. What lies past the end of a sequence is finite, so that a mask can remove
-    it (0 * NaN would not be 0): a slot given up must be made `clean`.
+    All cells are finite from the start, so that a mask can remove them (0 * NaN would not be 0): cells that
+    held something that was not must be made `clean`.
     """
 
-    def __init__(self) -> None:
-        """Without layers: they are made by the first pass, which should be of a single token."""
+    def __init__(self, shapes: Sequence[tuple[torch.Size, torch.Size]], page_tokens: int) -> None:
+        """`shapes`: [G, C] of each layer's keys and values."""
+        self.page_tokens = page_tokens
+        self._shapes = shapes
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.slots = 0
-        self.length = 0
 
-    @property
-    def token_bytes(self) -> int:
-        """What one token takes in all layers; 0 before the first pass."""
-        tensors = (*self.keys, *self.values)
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        return sum(k.numel() + v.numel() for k, v in self._shapes) * dtype.itemsize * self.page_tokens
 
-    def reserve(self, slots: int, length: int, max_bytes: int = 0) -> None:
-        """Hold at least `slots` x `length`; what the first `slots` slots have is kept.
+    def open(self, pages: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Make room for so many pages. RuntimeError where there is no memory for them."""
+        cells = pages * self.page_tokens
+        self.keys = [_zeros((cells, *k), device, dtype) for k, _ in self._shapes]
+        self.values = [_zeros((cells, *v), device, dtype) for _, v in self._shapes]
 
-        Some more slots are made ready as far as `max_bytes` allows. Where memory ends, torch's RuntimeError
-        rises and every sequence that was held is still held.
-        """
-        if slots <= self.slots and length <= self.length:
+    def cells(self, pages: Sequence[int], start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where positions [start, stop) of a sequence with these pages are."""
+        positions = np.arange(start, stop)
+        of_page = np.asarray(pages, np.int64)[positions // self.page_tokens]
+        return of_page * self.page_tokens + positions % self.page_tokens
+
+    def copy(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
+        """Cell by cell; none may be in both."""
+        if not len(targets):
             return
-        length = whole_steps(length)
-        affordable = max_bytes // max(1, self.token_bytes * length)
-        slots = max(slots, min(slots + slots // 4, affordable))
-        # Until all tensors have grown, what the smallest of them holds is what the cache holds.
-        self.slots, self.length = min(self.slots, slots), min(self.length, length)
-        for tensors in (self.keys, self.values):
-            for layer, tensor_SGLC in enumerate(tensors):
-                # One at a time: a layer's old tensor is free before the next one grows.
-                tensors[layer] = self._grown(tensor_SGLC, slots, length)
-        self.slots, self.length = slots, length
+        device = self.keys[0].device
+        sources_E, targets_E = to_device(sources, device), to_device(targets, device)
+        for tensor in (*self.keys, *self.values):
+            tensor[targets_E] = tensor[sources_E]
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Slot by slot; none may be in both."""
-        for tensor_SGLC in (*self.keys, *self.values) if targets else ():
-            tensor_SGLC[list(targets)] = tensor_SGLC[list(sources)]
-
-    def clean(self, slots: slice) -> None:
-        for tensor_SGLC in (*self.keys, *self.values):
-            tensor_SGLC[slots].zero_()
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        for tensors in (self.keys, self.values):
-            tensors[:] = [t.new_zeros((0, t.shape[1], 0, t.shape[3])) for t in tensors]
-        self.slots = self.length = 0
-
-    def layer(
-        self, layer: int, key_TGC: torch.Tensor, value_TGC: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's keys and values, made in the form of these if this is its first pass."""
-        while len(self.keys) <= layer:
-            made = [
-                x.new_zeros((self.slots, x.shape[1], self.length, x.shape[2])) for x in (key_TGC, value_TGC)
-            ]
-            self.keys.append(made[0])
-            self.values.append(made[1])
-        return self.keys[layer], self.values[layer]
-
-    def _grown(self, old_SGLC: torch.Tensor, slots: int, length: int) -> torch.Tensor:
-        new_SGLC = old_SGLC.new_zeros((slots, old_SGLC.shape[1], length, old_SGLC.shape[3]))
-        new_SGLC[: self.slots, :, : self.length] = old_SGLC[: self.slots, :, : self.length]
-        return new_SGLC
+    def clean(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            cells = slice(page * self.page_tokens, (page + 1) * self.page_tokens)
+            for tensor in (*self.keys, *self.values):
+                tensor[cells].zero_()
 
 
-class Prefill:
-    """Attention of a stream made of pieces of prompts: store what they bring, attend over all their past."""
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if device.type == "cpu":
+        # The system gives such memory only when it is first written to; torch would write to all of it.
+        return (
+            torch.from_numpy(np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+        )
+    return torch.zeros(shape, dtype=dtype, device=device)
 
-    def __init__(self, cache: Cache, pieces: Sequence[Piece]) -> None:
-        self.cache = cache
-        self.pieces = pieces
+
+class Shapes:
+    """Attends to nothing, and notes what keys and values of each layer look like."""
+
+    may_compile = False
+
+    def __init__(self) -> None:
+        self.found: list[tuple[torch.Size, torch.Size]] = []
 
     def attend(
         self,
@@ -114,34 +89,120 @@ class Prefill:
         value_TGC: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC, value_TGC)
-        attended_THC = query_THC.new_empty((*query_THC.shape[:2], value_TGC.shape[2]))
+        assert layer == len(self.found), (layer, len(self.found))
+        self.found.append((key_TGC.shape[1:], value_TGC.shape[1:]))
+        return query_THC.new_zeros((*query_THC.shape[:2], value_TGC.shape[2]))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions [start, stop) of a sequence that has these pages: the next `stop - start` rows of a
+    stream."""
+
+    pages: Sequence[int]
+    start: int
+    stop: int
+
+
+class Prefill:
+    """Attention of a stream made of pieces of prompts: store what they bring, attend over all their past.
+
+    On CUDA in half precision one kernel takes them all, elsewhere each goes by itself.
+    """
+
+    may_compile = True
+
+    def __init__(self, cache: Cache, pieces: Sequence[Piece], rows: int) -> None:
+        """`rows` of the stream; those after the last piece are padding."""
+        self._cache = cache
+        self._pieces = pieces
+        device = cache.keys[0].device
+        cells = [cache.cells(p.pages, p.start, p.stop) for p in pieces]
+        padding = rows - sum(map(len, cells))
+        self._cells_T = to_device(np.concatenate([*cells, np.zeros(padding, np.int64)]), device)
+        self._is_continued = any(p.start for p in pieces)
+        if device.type == "cuda":
+            # Rows of padding attend to one cell of nobody's page.
+            self._of_queries = _bounds([*(p.stop - p.start for p in pieces), padding], device)
+            self._of_keys = _bounds([*(p.stop for p in pieces), padding], device)
+            self._longest = (
+                max([padding, *(p.stop - p.start for p in pieces)]),
+                max([padding, *(p.stop for p in pieces)]),
+            )
+            if self._is_continued:
+                pasts = [cache.cells(p.pages, 0, p.stop) for p in pieces]
+                self._past_L = to_device(np.concatenate([*pasts, np.zeros(padding, np.int64)]), device)
+
+    def attend(
+        self,
+        layer: int,
+        query_THC: torch.Tensor,
+        key_TGC: torch.Tensor,
+        value_TGC: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        if (
+            query_THC.is_cuda
+            and query_THC.dtype != torch.float32
+            and query_THC.shape[2] == value_TGC.shape[2]
+        ):
+            return self.forward(layer, query_THC, key_TGC, value_TGC, scale)[0]
+        keys, values = self._store(layer, key_TGC, value_TGC)
+        attended_THC = query_THC.new_zeros((*query_THC.shape[:2], value_TGC.shape[2]))
         row = 0
-        for piece in self.pieces:
+        for piece in self._pieces:
             rows = slice(row, row + piece.stop - piece.start)
             row = rows.stop
-            slot, past = piece.slot, slice(piece.start, piece.stop)
-            keys_SGLC[slot, :, past] = key_TGC[rows].transpose(0, 1)
-            values_SGLC[slot, :, past] = value_TGC[rows].transpose(0, 1)
-            attended_THC[rows] = _continue(
-                query_THC[rows].transpose(0, 1),
-                keys_SGLC[slot, :, : piece.stop],
-                values_SGLC[slot, :, : piece.stop],
-                piece,
-                scale,
-            ).transpose(0, 1)
+            if piece.start:
+                cells = torch.from_numpy(self._cache.cells(piece.pages, 0, piece.stop)).to(keys.device)
+                key_LGC, value_LGC = keys[cells], values[cells]
+            else:
+                key_LGC, value_LGC = key_TGC[rows], value_TGC[rows]
+            attended_THC[rows] = _continue(query_THC[rows], key_LGC, value_LGC, piece.start, scale)
         return attended_THC
+
+    def forward(
+        self,
+        layer: int,
+        query_THC: torch.Tensor,
+        key_TGC: torch.Tensor,
+        value_TGC: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, tuple[()]]:
+        """`attend` on CUDA in half precision."""
+        keys, values = self._store(layer, key_TGC, value_TGC)
+        if self._is_continued:
+            key_TGC, value_TGC = keys[self._past_L], values[self._past_L]
+        # The kernel's causal mask is aligned to the last query and the last key.
+        output_THC, *_ = _aten._flash_attention_forward(
+            query_THC, key_TGC, value_TGC, self._of_queries, self._of_keys, *self._longest,
+            0.0, True, False, scale=scale,
+        )  # fmt: skip
+        return output_THC, ()
+
+    def _store(
+        self, layer: int, key_TGC: torch.Tensor, value_TGC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._cells_T], values[self._cells_T] = key_TGC, value_TGC
+        return keys, values
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
 
 
 def _continue(
-    query_HTC: torch.Tensor, key_GLC: torch.Tensor, value_GLC: torch.Tensor, piece: Piece, scale: float
+    query_THC: torch.Tensor, key_LGC: torch.Tensor, value_LGC: torch.Tensor, start: int, scale: float
 ) -> torch.Tensor:
+    """The queries are those of positions from `start` on, the keys those of all positions."""
+    query_HTC, key_GLC, value_GLC = (x.transpose(0, 1) for x in (query_THC, key_LGC, value_LGC))
     repeats = query_HTC.shape[0] // key_GLC.shape[0]
     mask_TL = None
-    if piece.start:
-        positions_L = torch.arange(piece.stop, device=query_HTC.device)
-        mask_TL = positions_L <= positions_L[piece.start :, None]
-    if query_HTC.is_cuda and repeats > 1 and (piece.start or query_HTC.dtype == torch.float32):
+    if start:
+        positions_L = torch.arange(key_GLC.shape[1], device=query_HTC.device)
+        mask_TL = positions_L <= positions_L[start:, None]
+    if query_HTC.is_cuda and repeats > 1 and (start or query_HTC.dtype == torch.float32):
         # No such kernel on CUDA shares key/value heads; the fallback would hold all T x L scores.
         key_GLC, value_GLC = (x.repeat_interleave(repeats, 0) for x in (key_GLC, value_GLC))
         repeats = 1
@@ -153,29 +214,28 @@ def _continue(
         is_causal=mask_TL is None,
         scale=scale,
         enable_gqa=repeats > 1,
-    )[0]
+    )[0].transpose(0, 1)
 
 
 class Decode:
-    """Attention of a stream that brings one token of each of N sequences, row n of slot `slots_N[n]`.
+    """Attention of a stream that brings one token of each of N sequences, in plain torch.
 
-    `positions_N` is where each token stands, `slots` how many are in use and `longest` the longest sequence
-    with its new token. All slots attend at once, in their own order: rows are permuted, never the cache.
+    `tables_NW`: each sequence's pages; `positions_N`: where its token stands; `longest`: of the sequences
+    with their new token.
     """
 
+    may_compile = False
+
     def __init__(
-        self, cache: Cache, slots_N: torch.Tensor, positions_N: torch.Tensor, *, slots: int, longest: int
+        self, cache: Cache, tables_NW: torch.Tensor, positions_N: torch.Tensor, *, longest: int
     ) -> None:
-        self.cache = cache
-        self.slots_N = slots_N
-        self.positions_N = positions_N
-        self.slots = slots
-        self.longest = longest
-        # A slot without a row (its prompt is half read) sees its position 0 and is ignored.
-        last_S = positions_N.new_zeros(slots)
-        last_S[slots_N] = positions_N
-        seen_SL = torch.arange(longest, device=positions_N.device) <= last_S[:, None]
-        self.mask_S11L = seen_SL[:, None, None]
+        self._cache = cache
+        size = cache.page_tokens
+        positions_L = torch.arange(longest, device=positions_N.device)
+        cells_NL = tables_NW[:, positions_L // size] * size + positions_L % size
+        self._new_N = cells_NL.gather(1, positions_N[:, None])[:, 0]
+        self._cells = cells_NL.flatten()
+        self._mask_N11L = (positions_L <= positions_N[:, None])[:, None, None]
 
     def attend(
         self,
@@ -185,19 +245,20 @@ class Decode:
         value_TGC: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        keys_SGLC, values_SGLC = self.cache.layer(layer, key_TGC, value_TGC)
-        keys_SGLC[self.slots_N, :, self.positions_N] = key_TGC
-        values_SGLC[self.slots_N, :, self.positions_N] = value_TGC
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._new_N], values[self._new_N] = key_TGC, value_TGC
         rows, heads, channels = query_THC.shape
         groups = key_TGC.shape[1]
+        key_NGLC, value_NGLC = (
+            x.index_select(0, self._cells).view(rows, -1, groups, x.shape[2]).transpose(1, 2)
+            for x in (keys, values)
+        )
         # The query heads of one key head stand where query positions would: no key is repeated in memory.
-        query_SGRC = query_THC.new_zeros((self.slots, groups, heads // groups, channels))
-        query_SGRC[self.slots_N] = query_THC.view(rows, groups, heads // groups, channels)
-        attended_SGRC = F.scaled_dot_product_attention(
-            query_SGRC,
-            keys_SGLC[: self.slots, :, : self.longest],
-            values_SGLC[: self.slots, :, : self.longest],
-            attn_mask=self.mask_S11L,
+        attended_NGRC = F.scaled_dot_product_attention(
+            query_THC.view(rows, groups, heads // groups, channels),
+            key_NGLC,
+            value_NGLC,
+            attn_mask=self._mask_N11L,
             scale=scale,
         )
-        return attended_SGRC[self.slots_N].reshape(rows, heads, value_TGC.shape[2])
+        return attended_NGRC.reshape(rows, heads, value_TGC.shape[2])

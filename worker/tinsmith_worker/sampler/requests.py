@@ -6,6 +6,7 @@ Shapes: P tokens of the prompt, N rows, V vocabulary, K columns asked for.
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tinsmith_worker.adapters import Adapter
@@ -16,23 +17,43 @@ from tinsmith_worker.sampler.stops import StopRule
 EMPTY_TOKEN, EMPTY_LOGPROB = 0, -99999.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """budget: how many tokens each sequence may get, the context's end considered. admitted: how many of its
-    sequences have been let in, finished: those that have ended, by index."""
+    sequences have been let in, finished: those that have ended, by index. hits: how many tokens of the prompt
+    had been read before, by anybody."""
 
     given: SampleInput
-    adapter: Adapter | None
     stop: StopRule
     budget: int
     scores: "PromptScores | None"
+    adapter: Adapter | None = None  # on the device, while it is under way
     admitted: int = 0
     finished: dict[int, SampledSequence] = field(default_factory=dict)
+    hits: int | None = None
 
     @property
-    def longest(self) -> int:
-        """Tokens a sequence may come to, its prompt included."""
-        return len(self.given.prompt) + self.budget
+    def scope(self) -> tuple[str, str]:
+        """Whoever samples the same weights for the same tenant may find what was read before."""
+        return self.given.tenant_id, self.given.sampler_id
+
+    @property
+    def most_cells(self) -> int:
+        """Tokens of one sequence whose keys and values are kept: the last one's are not."""
+        return len(self.given.prompt) + max(0, self.budget - 1)
+
+    @property
+    def most_hits(self) -> int:
+        """So much of the prompt may be taken as read: its last token says what comes next, and what is scored
+        must be read."""
+        last = len(self.given.prompt) - 1
+        return last if self.scores is None else min(last, self.scores.rows(0, last).start)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its tokens' logprobs are the plain model's."""
+        given = self.given
+        return given.temperature == 0 or (given.temperature == 1 and given.top_k <= 0 and given.top_p == 1)
 
     @property
     def output(self) -> SampleOutput:
@@ -44,45 +65,64 @@ class Request:
             topk_prompt=scores.topk if scores else None,
             target_prompt_logprobs=scores.targets if scores else None,
             prompt_alt_tokens=scores.alternatives if scores else None,
+            cache_hit_tokens=self.hits or 0,
         )
 
 
 class Continuation:
-    """One sequence of a request: its tokens so far, and its own random numbers."""
+    """One sequence of a request: its tokens so far, and its own random numbers.
+
+    `pages` hold its keys and values and `seat` is where the device keeps its last token, while it is under
+    way. `launched` tokens have been asked of the device, `count` of them have come back.
+    """
 
     def __init__(self, request: Request, index: int) -> None:
         self.request = request
         self.index = index
-        self.slot: int | None = None  # in the cache, while it is under way
+        self.seat: int | None = None
+        self.pages: list[int] = []
+        self.launched = 0
         self.count = 0
         self.stopped = False
         self._random = random_stream(request.given.seed, index)
-        self.uniform = float(self._random.random())  # for the next token, however often it is tried
+        self._uniforms = np.empty(0)
         self._tokens = np.empty(16, np.int32)
         self._logprobs = np.empty(16, np.float32)
         self._topk: list[TopK] = []
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and of the sequence."""
-        return len(self.request.given.prompt) + self.count
+        """Tokens of the prompt and of the sequence, those that are still to come back included."""
+        return len(self.request.given.prompt) + self.launched
 
     @property
-    def last_token(self) -> int:
-        return int(self._tokens[self.count - 1])
+    def uniform(self) -> float:
+        """The random number of the next token that is launched, however often it is tried."""
+        if self.launched >= len(self._uniforms):
+            more = self._random.random(min(64, self.request.budget))
+            self._uniforms = np.concatenate([self._uniforms, more])
+        return float(self._uniforms[self.launched])
 
     @property
     def full(self) -> bool:
-        return self.count == self.request.budget
+        return self.launched == self.request.budget
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or self.count == self.request.budget
+
+    @property
+    def text(self) -> npt.NDArray[np.int32]:
+        """The prompt and the tokens that have come back."""
+        return np.concatenate([self.request.given.prompt, self._tokens[: self.count]])
 
     def append(self, token: int, logprob: float, topk: TopK | None) -> None:
-        """Take the next token; `stopped` and `full` then say whether that was the last one."""
+        """Take the next token; `ended` then says whether that was the last one."""
         if self.count == len(self._tokens):
             self._tokens = np.resize(self._tokens, 2 * self.count)
             self._logprobs = np.resize(self._logprobs, 2 * self.count)
         self._tokens[self.count], self._logprobs[self.count] = token, logprob
         self.count += 1
-        self.uniform = float(self._random.random())
         if topk is not None:
             self._topk.append(topk)
         self.stopped = self.request.stop.ends(self._tokens[: self.count])
@@ -143,7 +183,8 @@ class PromptScores:
     def rows(self, start: int, stop: int) -> range:
         """The rows among [start, stop) whose logits are wanted."""
         everywhere = self.alternatives is not None or self.targets is not None
-        return range(max(start, 0 if everywhere else self._first - 1), min(stop, len(self._given.prompt) - 1))
+        last = min(stop, len(self._given.prompt) - 1)
+        return range(min(last, max(start, 0 if everywhere else self._first - 1)), last)
 
     def take(self, first_row: int, logits_NV: torch.Tensor) -> None:
         """Score positions from first_row + 1 on by the plain model's `logits_NV`. Waits for the device."""
@@ -170,7 +211,10 @@ class PromptScores:
             )
             self.logprobs[covered] = logprobs_NV.gather(-1, tokens_N1)[:, 0].cpu().numpy()
         if self.topk is not None:
-            write_topk(self.topk, covered, logprobs_NV)
+            width = self.topk.token_ids.shape[1]
+            best = logprobs_NV.topk(min(width, logprobs_NV.shape[-1]), dim=-1)
+            found = fill_topk(width, best.values.cpu().numpy(), best.indices.cpu().numpy())
+            self.topk.logprobs[covered], self.topk.token_ids[covered] = found.logprobs, found.token_ids
 
     def _draw(self, logprobs_NV: torch.Tensor, logits_NV: torch.Tensor, rows: slice) -> None:
         assert self.alternatives is not None
@@ -193,11 +237,11 @@ def empty_topk(length: int, width: int) -> TopK:
     )
 
 
-def write_topk(table: TopK, rows: slice, logprobs_NV: torch.Tensor) -> None:
-    """The likeliest tokens of each row, best first; a cell is empty where a row has no more of any chance."""
-    width = min(table.token_ids.shape[1], logprobs_NV.shape[-1])
-    logprobs_NK, tokens_NK = logprobs_NV.topk(width, dim=-1)
-    found, tokens = logprobs_NK.cpu().numpy(), tokens_NK.cpu().numpy()
-    possible = np.isfinite(found)
-    table.logprobs[rows, :width] = np.where(possible, found, EMPTY_LOGPROB)
-    table.token_ids[rows, :width] = np.where(possible, tokens, EMPTY_TOKEN)
+def fill_topk(width: int, logprobs_NK: npt.NDArray[np.float32], tokens_NK: npt.NDArray[np.int64]) -> TopK:
+    """The likeliest tokens of each row, best first, in `width` columns; a cell is empty where a row has no
+    more of any chance."""
+    table = empty_topk(len(tokens_NK), width)
+    possible = np.isfinite(logprobs_NK)
+    table.logprobs[:, : logprobs_NK.shape[1]] = np.where(possible, logprobs_NK, EMPTY_LOGPROB)
+    table.token_ids[:, : tokens_NK.shape[1]] = np.where(possible, tokens_NK, EMPTY_TOKEN)
+    return table

@@ -1,0 +1,268 @@
+"""What the sampler has the device do: read parts of prompts, give every row its next logits, draw tokens.
+
+Shapes: T packed tokens, N rows, one of each sequence that gets a token, W pages of a sequence, D hidden, V
+vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tinsmith_worker.adapters import Adapter
+from tinsmith_worker.contract import TopK
+from tinsmith_worker.copies import to_device
+from tinsmith_worker.model import Base
+from tinsmith_worker.sampler.cache import Cache, Decode, Piece, Prefill, Shapes
+from tinsmith_worker.sampler.distribution import COLDEST, Filters, distribution, draw
+from tinsmith_worker.sampler.gathered import Looped
+from tinsmith_worker.sampler.order import segments
+from tinsmith_worker.sampler.places import Part
+from tinsmith_worker.sampler.recorded import Steps
+from tinsmith_worker.sampler.requests import Continuation, fill_topk
+from tinsmith_worker.stream import Segment, Stream
+
+# Logits of a prompt that are held at once while it is scored: 2^26 float32 are 256 MB.
+_SCORED_LOGITS = 1 << 26
+# Rows of a pass on a GPU come in multiples of this: one of a single row would be compiled by itself.
+_ROW_STEP = 8
+# What a recorded step reads of prompts: so many tokens, which see so many in all.
+_LITTLE_ROWS, _LITTLE_CELLS = 256, 1 << 17
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The next token of each row and its logprob, on their way from the device: `wait` for them."""
+
+    wait: Callable[[], tuple[list[int], list[float], TopK | None]]
+
+
+class Runner:
+    """`seats`: how many sequences can be under way; the device keeps the last token of each."""
+
+    def __init__(self, base: Base, seats: int, page_tokens: int) -> None:
+        self.base = base
+        self.cache = Cache(_shapes(base), page_tokens)
+        self._seats = seats
+        self._last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=base.device)
+        self._steps: Steps | None = None
+        base.join_groups()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether tokens come back later than they are asked for."""
+        return self.base.device.type == "cuda"
+
+    def open(self, pages: int) -> None:
+        """Make the cache. RuntimeError where there is no memory for so much."""
+        self.cache.open(pages + 1, device=self.base.device, dtype=self.base.dtype)
+        if self.base.kernels:
+            self._steps = Steps(self.base, self.cache, self._last_tokens, pages, self._seats)
+
+    def enter(self, adapter: Adapter) -> None:
+        """It may be sampled from now on."""
+        if self._steps:
+            self._steps.table.enter(adapter)
+
+    def leave(self, adapter: Adapter) -> None:
+        if self._steps:
+            self._steps.table.leave(adapter)
+
+    def warm_up(self) -> None:
+        """Have the usual steps compiled and recorded before somebody waits for them."""
+        if self._steps:
+            self._steps.warm_up()
+
+    def read(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Read, score what is asked; [N, V] logits after each text that is now complete."""
+        if self._steps and self._is_little(parts):
+            return self._read_by_rows(self._steps, parts)
+        device = self.base.device
+        tokens = np.concatenate([p.reading.tokens[p.start : p.stop] for p in parts])
+        positions = np.concatenate([np.arange(p.start, p.stop) for p in parts])
+        rows = len(tokens) if device.type == "cpu" else -(-len(tokens) // _ROW_STEP) * _ROW_STEP
+        pieces = [Piece(p.reading.pages, p.start, p.stop) for p in parts]
+        stream = Stream(
+            tokens_T=to_device(np.resize(tokens, rows).astype(np.int64), device),
+            positions_T=to_device(np.resize(positions, rows), device),
+            segments=segments([(p.reading.request.adapter, p.rows) for p in parts]),
+            attention=Prefill(self.cache, pieces, rows),
+        )
+        hidden_TD = self.base.forward(stream)
+        row, ends = 0, []
+        for part in parts:
+            self._score(part, hidden_TD[row : row + part.rows])
+            row += part.rows
+            if part.completes:
+                ends.append((part.reading.request.adapter, row - 1))
+        rows_N = to_device(np.array([end for _, end in ends], np.int64), device)
+        return self._logits(hidden_TD[rows_N], segments([(adapter, 1) for adapter, _ in ends]))
+
+    def _is_little(self, parts: Sequence[Part]) -> bool:
+        """Whether a recorded step takes them sooner than a pass, which has a thousand launches. It attends
+        row by row: a long past would be read again for each."""
+        rows, longest = sum(part.rows for part in parts), max(part.stop for part in parts)
+        is_scored = any(part.reading.scores for part in parts)
+        return rows <= min(self._seats, _LITTLE_ROWS) and rows * longest <= _LITTLE_CELLS and not is_scored
+
+    def _read_by_rows(self, steps: Steps, parts: Sequence[Part]) -> torch.Tensor:
+        counts = [part.rows for part in parts]
+        tables = np.zeros((len(parts), max(len(p.reading.pages) for p in parts)), np.int32)
+        for table, part in zip(tables, parts, strict=True):
+            table[: len(part.reading.pages)] = part.reading.pages
+        logits_NV = steps.run(
+            np.concatenate([np.arange(p.start, p.stop) for p in parts]),
+            np.repeat(tables, counts, 0),
+            [adapter for p in parts for adapter in [p.reading.request.adapter] * p.rows],
+            tokens=np.concatenate([p.reading.tokens[p.start : p.stop] for p in parts]),
+        )
+        ends = np.cumsum(counts) - 1
+        complete = np.array([end for end, part in zip(ends, parts, strict=True) if part.completes], np.int64)
+        return logits_NV[to_device(complete, self.base.device)]
+
+    def share(self, pairs: Sequence[tuple[Continuation, Continuation]], tokens: int, full: int) -> None:
+        """Copy what the first of each pair has of its text of `tokens` tokens beyond `full` pages to the
+        second."""
+        start = full * self.cache.page_tokens
+        cells = [[self.cache.cells(c.pages, start, tokens) for c in pair] for pair in pairs]
+        if cells and start < tokens:
+            sources, targets = (np.concatenate(side) for side in zip(*cells, strict=True))
+            self.cache.copy(sources, targets)
+
+    def next_logits(self, rows: Sequence[Continuation]) -> torch.Tensor:
+        """What the base says after the last token of each row: [N, V]."""
+        positions = np.array([c.length - 1 for c in rows])
+        tables = np.zeros((len(rows), max(len(c.pages) for c in rows)), np.int32)
+        for table, continuation in zip(tables, rows, strict=True):
+            table[: len(continuation.pages)] = continuation.pages
+        if self._steps:
+            adapters = [c.request.adapter for c in rows]
+            return self._steps.run(positions, tables, adapters, seats=_seats(rows))
+        device = self.base.device
+        positions_N = to_device(positions, device)
+        of_adapters = segments([(c.request.adapter, 1) for c in rows])
+        attention = Decode(
+            self.cache,
+            to_device(tables.astype(np.int64), device),
+            positions_N,
+            longest=int(positions.max()) + 1,
+        )
+        tokens_N = self._last_tokens[to_device(_seats(rows), device)]
+        stream = Stream(tokens_N, positions_N, of_adapters, attention)
+        hidden_ND = self.base.forward(stream, Looped.of(of_adapters))
+        return self._logits(hidden_ND, of_adapters)
+
+    def pick(self, logits_NV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        return logits_NV[to_device(np.array(rows, np.int64), logits_NV.device)]
+
+    def draw(self, rows: Sequence[Continuation], logits_NV: torch.Tensor) -> Drawn:
+        """The next token of every row and its logprob, and the likeliest ones as far as somebody asks for
+        them."""
+        device, given = logits_NV.device, [c.request.given for c in rows]
+        settings = [(g.temperature, g.top_k, g.top_p) for g in given]
+        uniforms = np.array([c.uniform for c in rows])
+        width = max(g.topk_sample_logprobs for g in given)
+        table = None
+        if self._steps and not width:
+            tokens_N, chosen_N = _draw_plain(logits_NV, settings, uniforms)
+            cut = [row for row, (t, k, p) in enumerate(settings) if t > 0 and (k > 0 or p < 1)]
+        else:
+            tokens_N = torch.empty(len(rows), dtype=torch.int64, device=device)
+            chosen_N = torch.empty(len(rows), dtype=torch.float32, device=device)
+            cut = list(range(len(rows)))
+        if cut:
+            rows_M = to_device(np.array(cut), device) if len(cut) < len(rows) else slice(None)
+            filters = Filters.of([settings[row] for row in cut], logits_NV.shape[1], device)
+            logprobs_MV = distribution(logits_NV[rows_M], filters)
+            uniform_M1 = to_device(uniforms[cut][:, None], device)
+            tokens_M1 = draw(logprobs_MV, uniform_M1, filters.greedy_N)
+            tokens_N[rows_M] = tokens_M1[:, 0]
+            chosen_N[rows_M] = logprobs_MV.gather(-1, tokens_M1)[:, 0]
+            if width:
+                table = logprobs_MV.topk(min(width, logprobs_MV.shape[1]), dim=-1)
+        self._last_tokens[to_device(_seats(rows), device)] = tokens_N
+        arrived = _send([tokens_N, chosen_N, *(table or ())])
+
+        def wait() -> tuple[list[int], list[float], TopK | None]:
+            tokens, chosen, *likeliest = arrived()
+            return tokens.tolist(), chosen.tolist(), fill_topk(width, *likeliest) if width else None
+
+        return Drawn(wait)
+
+    def _score(self, part: Part, hidden_TD: torch.Tensor) -> None:
+        if (scores := part.reading.scores) is None:
+            return
+        wanted = scores.rows(part.start, part.stop)
+        rows_at_once = max(1, _SCORED_LOGITS // self.base.facts.vocab_size)
+        for start in range(wanted.start, wanted.stop, rows_at_once):
+            stop = min(start + rows_at_once, wanted.stop)
+            chunk_ND = hidden_TD[start - part.start : stop - part.start]
+            scores.take(start, self.base.head.logits(chunk_ND, part.reading.request.adapter))
+
+    def _logits(self, hidden_ND: torch.Tensor, of_adapters: Sequence[Segment]) -> torch.Tensor:
+        if not of_adapters:
+            return hidden_ND.new_empty((0, self.base.facts.vocab_size), dtype=torch.float32)
+        return torch.cat([self.base.head.logits(hidden_ND[s.start : s.stop], s.adapter) for s in of_adapters])
+
+
+def _seats(rows: Sequence[Continuation]) -> np.ndarray:
+    return np.array([c.seat for c in rows], np.int64)
+
+
+def _send(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
+    """Copies on their way to the host, and how to wait for them."""
+    if not tensors[0].is_cuda:
+        return lambda: [tensor.numpy() for tensor in tensors]
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> list[np.ndarray]:
+        event.synchronize()
+        return [copy.numpy() for copy in copies]
+
+    return wait
+
+
+# Columns of logits that one program of the drawing kernels reads.
+_BLOCK = 4096
+
+
+def _draw_plain(
+    logits_NV: torch.Tensor, settings: Sequence[tuple[float, int, float]], uniforms: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] tokens and logprobs of rows that neither top-k nor top-p narrow, by Triton's kernels."""
+    from tinsmith_worker.sampler import kernels
+
+    (rows, vocabulary), device = logits_NV.shape, logits_NV.device
+    of_rows = [
+        (1 / max(t, COLDEST), u) if t else (1.0, -1.0)
+        for (t, _, _), u in zip(settings, uniforms, strict=True)
+    ]
+    warmth_N, uniform_N = to_device(np.array(of_rows, np.float32).T.copy(), device)
+    blocks = -(-vocabulary // _BLOCK)
+    most_NB, sums_NB = logits_NV.new_empty((2, rows, blocks))
+    best_NB = torch.empty((rows, blocks), dtype=torch.int32, device=device)
+    tokens_N = torch.empty(rows, dtype=torch.int64, device=device)
+    chosen_N = torch.empty(rows, dtype=torch.float32, device=device)
+    stride = logits_NV.stride(0)
+    kernels.summarise[(rows, blocks)](
+        logits_NV, warmth_N, most_NB, sums_NB, best_NB, vocabulary, stride, blocks, BLOCK=_BLOCK
+    )
+    kernels.draw[(rows,)](
+        logits_NV, warmth_N, uniform_N, most_NB, sums_NB, best_NB, tokens_N, chosen_N, vocabulary, stride,
+        blocks, BLOCK=_BLOCK, BLOCKS=max(2, 1 << (blocks - 1).bit_length()), num_warps=8,
+    )  # fmt: skip
+    return tokens_N, chosen_N
+
+
+def _shapes(base: Base) -> list[tuple[torch.Size, torch.Size]]:
+    """One token through the base tells what its keys and values are, whatever the architecture."""
+    probe = Shapes()
+    zero_T = torch.zeros(1, dtype=torch.int64, device=base.device)
+    with torch.no_grad():
+        base.forward(Stream(zero_T, zero_T, (Segment(0, 1, None),), probe))
+    return probe.found

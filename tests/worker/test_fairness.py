@@ -1,5 +1,6 @@
 """Many tenants on one worker: shares by weight, and nobody waits for somebody else's long queue."""
 
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import pytest
 
 from tests.worker.test_process import CountingEngine, House
 from tinsmith.wire.batch import TrainOutput
+from tinsmith_api.journal import operations as ops
 from tinsmith_worker.contract import Failure, SampleOutput, Work
 from tinsmith_worker.null_engine import NullSampler
 from tinsmith_worker.schedule import FORWARD_BACKWARD, Item, Schedule
@@ -132,6 +134,23 @@ class Endless(NullSampler):
     @property
     def busy(self) -> bool:
         return True
+
+
+def test_weights_saved_for_a_sampler_are_held_where_they_were_trained(tmp_path: Path) -> None:
+    """Whoever samples them next need not wait until they are read back."""
+    house = House(tmp_path)
+    house.start("w1")
+    run = house.run("mine")
+    given = {
+        "path": "tinker://mine/sampler_weights/a",
+        "name": "a",
+        "kind": "sampler_weights",
+        "object_prefix": "p",
+    }
+    saved = house.submit(run, 1, ops.SAVE_WEIGHTS_FOR_SAMPLER, json.dumps(given).encode())
+    assert house.outcome(saved).error is None
+    assert house.worker.sampling._sampler.holds("p")
+    house.drain()
 
 
 def test_training_waits_for_sampling_no_longer_than_a_slice_and_neither_starves(

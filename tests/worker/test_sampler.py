@@ -192,6 +192,7 @@ def test_sampled_logprobs_are_the_trainers_forward(
 def test_exact_logprobs_are_a_later_forward_backwards_bit_for_bit(
     name: str, base: Base, states: dict[str, AdapterState]
 ) -> None:
+    threads = torch.get_num_threads()
     engine = TorchEngine(base, EngineSettings(deterministic=True))
     try:
         exact = TorchSampler(base, score=engine.score)
@@ -224,6 +225,7 @@ def test_exact_logprobs_are_a_later_forward_backwards_bit_for_bit(
                 assert np.array_equal(sequence.logprobs, trained)
     finally:
         base.is_deterministic = False
+        torch.set_num_threads(threads)
 
 
 def test_sampled_logprobs_of_the_base_are_those_of_transformers(sampler: TorchSampler, folder: Path) -> None:
@@ -360,9 +362,12 @@ def test_a_held_sampler_stays_as_it_was_while_training_goes_on(base: Base) -> No
     train()
     sampler.hold("step 1", engine.state("run"))  # the name is taken: what it holds stays
     sampler.hold("step 2", engine.state("run"))
+    sampler.hold("a copy of step 2", engine.frozen("run"))
     assert_same(one(sampler, sampler_id="step 1"), before)
     after = one(sampler, sampler_id="step 2")
     assert not np.allclose(after.sequences[0].logprobs, before.sequences[0].logprobs, atol=1e-3)
+    train()
+    assert_same(one(sampler, sampler_id="a copy of step 2"), after)
     sampler.release("step 1")
     assert not sampler.holds("step 1")
     assert sampler.holds("step 2")
@@ -701,6 +706,26 @@ def test_sequences_that_step_back_are_what_they_would_have_been(
     for name, answer in found.items():
         assert_same(answer, expected[name])
     assert small._places.pages.available == small._places.pages.count
+
+
+def test_adapters_that_do_not_fit_beside_each_other_take_turns(
+    base: Base, sampler: TorchSampler, states: dict[str, AdapterState]
+) -> None:
+    asked = mixed_requests()
+    expected = run(sampler, *asked)
+    small = make(base, states, SamplerSettings(adapter_bytes=1))  # one always may be there
+    for given in asked:
+        small.add(given)
+    found: dict[str, Answer] = {}
+    there = 0
+    while small.busy:
+        found |= named(iter(small.step()))
+        there = max(there, sum(held.adapter is not None for held in small._shelf._held.values()))
+    assert there == 1
+    for name, answer in expected.items():
+        sampled = found[name]
+        assert isinstance(sampled, SampleOutput)
+        assert_same(sampled, answer)
 
 
 # What was read before

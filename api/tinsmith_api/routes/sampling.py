@@ -26,6 +26,7 @@ Json = dict[str, Any]
 
 _MAX_SAMPLES = 1024
 _MAX_TOPK = 128
+_MAX_STOPS = 256
 _MAX_RESULT_BYTES = 64 << 20
 _INT32 = 2**31 - 1
 
@@ -190,7 +191,13 @@ def _task(body: Sample, facts: Facts) -> pb.SampleTask:
         prompt_alt_tokens_k=body.prompt_alt_tokens_k,
         record_stability_info=body.record_stability_info,
     )
-    for stop in [params.stop] if isinstance(params.stop, str) else params.stop or []:
+    stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
+    if len(stops) > _MAX_STOPS:
+        raise InvalidInput(
+            f"sampling_params.stop holds {len(stops)} entries, the limit is {_MAX_STOPS}: each token is "
+            "compared with all of them"
+        )
+    for stop in stops:
         if isinstance(stop, str):
             if not stop:
                 raise InvalidInput("sampling_params.stop holds an empty string")

@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .PHONY: install demo cookbook test test-versions fuzz compatibility lint
-.PHONY: bench-train bench-control bench-load bench-abuse chaos proto gpu-check base
+.PHONY: bench-train bench-sample bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -84,6 +84,11 @@ lint: install
 # with PyTorch, transformers and peft but nothing of ours: PYTHONPATH=client:api:worker python3 tests/benchmarks/train.py
 bench-train: install
 	.venv/bin/python tests/benchmarks/train.py $(ARGS)
+
+# The sampler beside transformers' generate (ARGS="--parts beside,decode"). On a CUDA machine with nothing of ours
+# installed: PYTHONPATH=client:api:worker python3 tests/benchmarks/sample.py
+bench-sample: install
+	.venv/bin/python tests/benchmarks/sample.py $(ARGS)
 
 # The control plane alone: a service with an engine that computes nothing.
 bench-control: install

@@ -9,7 +9,7 @@ from tinsmith_worker.sampler.cache import Cache
 
 _BLOCK, _WARPS, _STAGES = 64, 4, 3
 # A part of a sequence's past has at least so many tokens: shorter ones cost more to join than they save.
-_LEAST_TOKENS = 128
+_LEAST_TOKENS = 256
 
 
 class Paged:

@@ -54,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME[=PATH_OR_HUB_ID]",
         help="the base model it serves; the path may come from the setting `models`",
     )
+    worker.add_argument(
+        "--role",
+        choices=["train", "sample", "both"],
+        default="both",
+        help="what it is given to do: a pool may have workers of its own for either",
+    )
     for command in (serve, worker):
         command.add_argument("--engine", choices=["torch", "null"], help="null answers without computing")
         command.add_argument(
@@ -61,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
             action="store_true",
             default=None,
             help="a run's numbers do not depend on who shares its passes, to the last bit",
+        )
+        command.add_argument(
+            "--exact-logprobs",
+            action="store_true",
+            default=None,
+            help="what is sampled is scored by the trainer's forward, too",
         )
     jobs = commands.add_parser("jobs", help="one of a fleet's processes for background jobs")
     jobs.set_defaults(run=_jobs)
@@ -201,7 +213,7 @@ def _worker(given: argparse.Namespace) -> None:
     name, _, path = given.pool.partition("=")
     path = path or settings.models.get(name) or name
     os.environ.update(environment(settings))
-    arguments = worker_arguments(settings, name, path)
+    arguments = [*worker_arguments(settings, name, path), "--role", given.role]
     if settings.metrics_port:
         arguments += ["--metrics-port", str(settings.metrics_port)]
     os.execv(sys.executable, [sys.executable, "-m", "tinsmith_worker", *arguments])

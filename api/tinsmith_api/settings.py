@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     models: dict[str, str] = {DEFAULT_MODEL: "tiny"}
     engine: Literal["torch", "null"] = "torch"
     deterministic: bool = False
+    exact_logprobs: bool = False
     pass_tokens: int = Field(8192, ge=64)
     gap_seconds: float = Field(600.0, gt=0)
     snapshot_seconds: float = Field(15.0, ge=0)
@@ -180,4 +181,8 @@ def worker_arguments(settings: Settings, base_model: str, path: str) -> list[str
         "lease-seconds": settings.lease_seconds,
     }
     arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return [*arguments, "--deterministic"] if settings.deterministic else arguments
+    if settings.deterministic:
+        arguments.append("--deterministic")
+    if settings.exact_logprobs:
+        arguments.append("--exact-logprobs")
+    return arguments

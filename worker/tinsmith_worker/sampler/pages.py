@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
-_Key = tuple[
-    Hashable, bytes
-]  # what comes before (the scope, or the number of a page's text), the page's tokens
+# What comes before (the scope, or the number of a page's text), and the page's tokens.
+_Key = tuple[Hashable, bytes]
 
 
 class Pages:
@@ -73,7 +72,7 @@ class Pages:
     def find(self, scope: Hashable, tokens: Tokens) -> list[int]:
         """The pages that hold the beginning of `tokens`, full ones only; they are shared from now on."""
         found: list[int] = []
-        before = scope
+        before: Hashable = (scope,)  # never equal to a number of a text
         for start in range(0, len(tokens) - self.page_tokens + 1, self.page_tokens):
             page = self._found.get((before, tokens[start : start + self.page_tokens].tobytes()))
             if page is None:
@@ -84,7 +83,7 @@ class Pages:
 
     def remember(self, scope: Hashable, tokens: Tokens, pages: Sequence[int]) -> None:
         """`pages` hold the keys and values of `tokens`: let the full ones be found."""
-        before = scope
+        before: Hashable = (scope,)  # never equal to a number of a text
         for number in range(min(len(tokens) // self.page_tokens, len(pages))):
             start = number * self.page_tokens
             key = (before, tokens[start : start + self.page_tokens].tobytes())

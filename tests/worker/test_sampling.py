@@ -28,6 +28,7 @@ class Growing:
 
     def __init__(self) -> None:
         self.waiting: list[SampleInput] = []
+        self.most_sequences = 256
         self.growing: dict[str, tuple[SampleInput, int]] = {}
         self.held: dict[str, AdapterState] = {}
 

@@ -220,4 +220,10 @@ class Sampler(Protocol):
 
     def cancel(self, request_id: str) -> None: ...
     @property
+    def most_sequences(self) -> int:
+        """So many can grow at once. It is given no more: what waits in it, it serves in the order of
+        arrival."""
+        ...
+
+    @property
     def busy(self) -> bool: ...

@@ -84,6 +84,7 @@ class NullSampler:
 
     def __init__(self) -> None:
         self._held: set[str] = set()
+        self.most_sequences = 256
         self._waiting: list[SampleInput] = []
 
     def hold(self, sampler_id: str, state: AdapterState) -> None:

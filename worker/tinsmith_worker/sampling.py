@@ -23,10 +23,6 @@ from tinsmith_worker.outbox import Outbox
 
 log = logging.getLogger("tinsmith.worker")
 
-# So many sequences are given to the sampler at once: about what it lets grow together. What it has beyond
-# that, it serves in the order of arrival.
-_SEQUENCES = 256
-
 
 class Sampling:
     """`samplers_held`: how many samplers' weights are kept when nothing samples them. `suspect`: leave word
@@ -146,7 +142,7 @@ class Sampling:
             given = self._under_way[request_id].given
             assert given is not None
             taken = self._sequences.total()
-            if taken and taken + given.num_samples > _SEQUENCES:
+            if taken and taken + given.num_samples > self._sampler.most_sequences:
                 return
             self._waiting[tenant_id].popleft()
             if not self._waiting[tenant_id]:

@@ -146,6 +146,10 @@ class TorchSampler:
         self._drop(request_id)
 
     @property
+    def most_sequences(self) -> int:
+        return self.settings.max_sequences
+
+    @property
     def busy(self) -> bool:
         return self._places.busy or bool(self._launched or self._done)
 

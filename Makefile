@@ -3,7 +3,7 @@
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
 # make test-versions, compatibility, fuzz: other SDKs and clients; see below
-# make bench-train, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
+# make bench-train, bench-sample, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

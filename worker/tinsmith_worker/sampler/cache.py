@@ -33,6 +33,11 @@ class Cache:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether values are as wide as keys, which is all that the kernels know."""
+        return all(keys == values for keys, values in self._shapes)
+
     def page_bytes(self, dtype: torch.dtype) -> int:
         return sum(k.numel() + v.numel() for k, v in self._shapes) * dtype.itemsize * self.page_tokens
 

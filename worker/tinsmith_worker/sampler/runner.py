@@ -57,7 +57,7 @@ class Runner:
     def open(self, pages: int) -> None:
         """Make the cache. RuntimeError where there is no memory for so much."""
         self.cache.open(pages + 1, device=self.base.device, dtype=self.base.dtype)
-        if self.base.kernels:
+        if self.base.kernels and self.cache.is_uniform:
             self._steps = Steps(self.base, self.cache, self._last_tokens, pages, self._seats)
 
     def enter(self, adapter: Adapter) -> None:

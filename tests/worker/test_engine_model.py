@@ -12,11 +12,11 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
-    Qwen3MoeConfig,
 )
 
 from tests.worker import tiny
@@ -37,9 +37,26 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 REFUSED = {
-    "layers hold weights outside of nn.Linear": (
-        Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16),
-        "fused experts",
+    "a mixture with linear maps beside its experts": (
+        DeepseekV3Config(
+            **SHAPE,
+            first_k_dense_replace=1,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            moe_intermediate_size=16,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+        ),
+        "linear maps beside its experts",
+    ),
+    "experts with biases": (
+        GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+        "GptOssExperts are more, or others, than gate, up and down",
     ),
     "no nn.Linear": (GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100), "no nn.Linear"),
     "attention that cannot be exchanged": (

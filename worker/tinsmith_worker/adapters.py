@@ -19,6 +19,8 @@ from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
 Kind = Literal["attn", "mlp", "unembed"]
 # By group of sites: the As of its members on top of each other [M * R, I], and every member's B [O, R].
 Views = dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+# By group of a mixture's experts: the As of gate, up and down, then the Bs.
+ExpertViews = dict[int, tuple[torch.Tensor, ...]]
 Layout = tuple[tuple[str, int, tuple[int, ...]], ...]
 
 # Every tensor starts on 64 bytes in float32 and on 32 in bfloat16, as vector loads like it.
@@ -32,6 +34,7 @@ class Site:
     """One linear map of the base that an adapter can act on; `name` is its module path, as in `lm_head`.
 
     Sites of one `group` follow one another and are given the same input, which is then read once for all.
+    Of a mixture's `experts`, a token meets `active`; one matrix is `shared` by all, the other is each one's.
     """
 
     name: str
@@ -39,6 +42,17 @@ class Site:
     inputs: int
     outputs: int
     group: int
+    experts: int = 0
+    active: int = 1
+    shared: Literal["", "A", "B"] = ""
+
+    def rank(self, spec: LoraSpec) -> int:
+        return max(1, spec.rank // self.active)
+
+    def shape(self, spec: LoraSpec, matrix: Literal["A", "B"]) -> tuple[int, ...]:
+        rank = self.rank(spec)
+        shape = (rank, self.inputs) if matrix == "A" else (self.outputs, rank)
+        return (1 if self.shared == matrix else self.experts, *shape) if self.experts else shape
 
 
 def targets(spec: LoraSpec, kind: Kind) -> bool:
@@ -51,11 +65,10 @@ def lay_out(spec: LoraSpec, sites: Sequence[Site]) -> Layout:
     offset = 0
     for _, group in itertools.groupby((s for s in sites if targets(spec, s.kind)), key=lambda s: s.group):
         members = list(group)
-        for matrix, shapes in (
-            ("A", [(spec.rank, site.inputs) for site in members]),
-            ("B", [(site.outputs, spec.rank) for site in members]),
-        ):
-            for site, shape in zip(members, shapes, strict=True):
+        matrices: tuple[Literal["A", "B"], ...] = ("A", "B")
+        for matrix in matrices:
+            for site in members:
+                shape = site.shape(spec, matrix)
                 layout.append((f"base_model.model.{site.name}.lora_{matrix}.weight", offset, shape))
                 offset += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
     return tuple(layout)
@@ -105,7 +118,7 @@ class Adapter:
         else:
             assert (frozen.shape, frozen.dtype) == ((size,), dtype), (frozen.shape, frozen.dtype)
             self.weights = self.compute = frozen
-        self.views = self._views(self.compute)
+        self.views, self.expert_views = self._views(self.compute)
         self.places = np.full((sites[-1].group + 1, 1 + MOST_MEMBERS), -1, np.int64)
         start, unit = self.compute.data_ptr(), ALIGNMENT * self.compute.element_size()
         for number, (A, Bs) in self.views.items():
@@ -113,6 +126,7 @@ class Adapter:
             self.places[number, : len(found)] = found
         self.gradient: torch.Tensor | None = None
         self.gradient_views: Views = {}
+        self.expert_gradients: ExpertViews = {}
         self.moment1: torch.Tensor | None = None
         self.moment2: torch.Tensor | None = None
         self.step = 0
@@ -126,7 +140,7 @@ class Adapter:
         for name, offset, shape in self.layout:
             if ".lora_A." in name:
                 drawn = torch.empty(shape)
-                torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+                torch.nn.init.kaiming_uniform_(drawn.view(-1, shape[-1]), a=math.sqrt(5), generator=generator)
                 self.weights[offset : offset + drawn.numel()] = drawn.view(-1).to(self.weights.device)
         self.refresh()
 
@@ -139,7 +153,7 @@ class Adapter:
         """Make the gradient buffer, zero, if there is none yet."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.weights)
-            self.gradient_views = self._views(self.gradient)
+            self.gradient_views, self.expert_gradients = self._views(self.gradient)
 
     def open_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.moment1 is None or self.moment2 is None:
@@ -198,15 +212,22 @@ class Adapter:
             step=self.step,
         )
 
-    def _views(self, flat: torch.Tensor) -> Views:
+    def expert_scale(self, group: int) -> float:
+        return LORA_ALPHA / next(site.rank(self.spec) for site in self.sites if site.group == group)
+
+    def _views(self, flat: torch.Tensor) -> tuple[Views, ExpertViews]:
         views: Views = {}
+        of_experts: ExpertViews = {}
         tensors = iter(self.tensors_of(flat))
         for number, group in itertools.groupby(self.sites, key=lambda site: site.group):
             members = list(group)
-            first, *_ = [next(tensors) for _ in members]
-            As = first.as_strided((len(members) * self.spec.rank, first.shape[1]), (first.shape[1], 1))
-            views[number] = As, tuple(next(tensors) for _ in members)
-        return views
+            As, Bs = ([next(tensors) for _ in members] for _ in "AB")
+            if members[0].experts:
+                of_experts[number] = (*As, *Bs)
+                continue
+            rows, inputs = len(members) * self.spec.rank, members[0].inputs
+            views[number] = As[0].as_strided((rows, inputs), (inputs, 1)), tuple(Bs)
+        return views, of_experts
 
 
 _Move = tuple[int, int, int]  # from, to, how many elements

@@ -1,6 +1,6 @@
 """An adapter as files: PEFT's, readable by anyone, and beside them what exact continuation needs. No torch.
 
-adapter_config.json, adapter_model.safetensors   as PEFT saves them
+adapter_config.json, adapter_model.safetensors   as PEFT saves them; stacked, what experts have (`export`)
 optimizer.safetensors                            moment1, moment2, gradient [P], step [1]; where there are any
 tinsmith.json                                    the spec, and where every tensor lies in the flat buffers
 """
@@ -55,9 +55,25 @@ def write(state: AdapterState, base_model: str) -> dict[str, bytes]:
 
 
 def export(state: AdapterState, base_model: str) -> dict[str, bytes]:
-    """As `write`, without what only this service has a use for: PEFT's two files."""
-    files = write(state, base_model)
-    return {name: files[name] for name in (CONFIG, WEIGHTS)}
+    """As `write`, without what only this service has a use for: PEFT's two files. Of a mixture's experts,
+    each has matrices under its own number, those that all share too, as others expect them."""
+    weights: dict[str, Float32] = {}
+    for name, offset, shape in state.tensors:
+        values = _at(state.weights, offset, shape)
+        if len(shape) == 2:
+            weights[name] = values
+            continue
+        for number in range(_experts(state)):
+            of_one = name.replace(".experts.", f".experts.{number}.")
+            weights[of_one] = np.ascontiguousarray(values[min(number, shape[0] - 1)])
+    return {
+        CONFIG: _json(_peft_config(state, base_model)),
+        WEIGHTS: safetensors_numpy.save(weights, {"format": "pt"}),
+    }
+
+
+def _experts(state: AdapterState) -> int:
+    return max(shape[0] for _, _, shape in state.tensors if len(shape) == 3)
 
 
 def read(files: Mapping[str, bytes]) -> AdapterState:
@@ -150,12 +166,18 @@ def _at(flat: Float32, offset: int, shape: tuple[int, ...]) -> Float32:
 
 def _peft_config(state: AdapterState, base_model: str) -> dict[str, Any]:
     modules = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name, _, _ in state.tensors}
+    of_experts = {
+        rf"experts\.\d+\.{name.split('.')[-3]}": shape[1]
+        for name, _, shape in state.tensors
+        if len(shape) == 3 and ".lora_A." in name
+    }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": state.spec.rank,
         "lora_alpha": LORA_ALPHA,
+        "rank_pattern": of_experts,
         "lora_dropout": 0.0,
         "target_modules": sorted({module.rsplit(".", 1)[-1] for module in modules}),
         "bias": "none",

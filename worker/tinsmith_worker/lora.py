@@ -335,6 +335,8 @@ class Pass:
     train: bool
     may_compile: bool = False
     keeping: Keeping = field(default_factory=Keeping)
+    segments: tuple[Segment, ...] = ()
+    separate: bool = False  # whether a segment's bits must not depend on what shares the pass
     kept: dict[int, Any] = field(default_factory=dict)  # what an attention layer's backward wants, by its key
 
 

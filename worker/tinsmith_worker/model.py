@@ -23,6 +23,7 @@ from tinsmith_worker.activations import Activations, Keeping
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, Site
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
+from tinsmith_worker.experts import Mixture, expert_sites, is_mixture, trouble
 from tinsmith_worker.head import Head
 from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, owner_of, register, triton_kernels
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
@@ -124,6 +125,8 @@ class Base:
             train=train,
             may_compile=stream.attention.may_compile,
             keeping=(self.keeping or self._as_memory_allows(len(stream.tokens_T))) if train else Keeping(),
+            segments=stream.segments,
+            separate=self.is_deterministic,
         )
         self._current.now, self._current.joined = now, acting is not None
         before = self._allocated()
@@ -216,6 +219,10 @@ class Base:
                         parent.tinsmith_caller = _Caller(self._current, getattr(parent, "layer_idx", 0))  # type: ignore[assignment]
                         parent.tinsmith_key = register(parent.tinsmith_caller)
                     yield Site(f"{prefix}{path}.{name}", kind, one.in_features, one.out_features, number)
+                number += 1
+            for name, block in [(n, m) for n, m in layer.named_modules() if is_mixture(m)]:
+                yield from expert_sites(f"{prefix}{path}.{name}", block, number)
+                Mixture(block, number, self._current)
                 number += 1
 
     def _linears_given_the_same(self, layers: list[tuple[str, nn.Module]]) -> list[list[nn.Module]]:
@@ -313,7 +320,8 @@ class Base:
             raise InvalidInput(
                 f"{architecture} cannot be trained: its gradients do not come through or are not finite"
             )
-        return attention.in_one_call and self.kernels
+        # What an expert is given differs from pass to pass, in ways that a compiled layer does not know.
+        return attention.in_one_call and self.kernels and not any(site.experts for site in self.sites)
 
 
 _PROBE_LENGTHS = [40, 24]
@@ -383,17 +391,21 @@ def _refuse_unsupported(model: Any, config: Any, architecture: str) -> None:
     if not any(isinstance(m, nn.Linear) for _, layer in layers for m in layer.modules()):
         raise InvalidInput(refused + "its layers hold no nn.Linear that an adapter could act on")
     for path, layer in layers:
+        mixtures = {name: module for name, module in layer.named_modules() if is_mixture(module)}
+        for mixture in mixtures.values():
+            if said := trouble(mixture):
+                raise InvalidInput(refused + said)
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
                 raise InvalidInput(
                     refused + f"{path}.{name} is a {type(module).__name__}, not a plain nn.Linear"
                 )
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or any(name.startswith(f"{mixture}.") for mixture in mixtures):
                 continue
             if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
                 raise InvalidInput(
                     refused + f"{path}.{name} ({type(module).__name__}) holds weights outside of nn.Linear, "
-                    "as fused experts or convolutions do"
+                    "as convolutions do"
                 )
     for module in model.modules():
         # These stretch all positions by the longest sequence at hand: tenants would change each other.

@@ -1,0 +1,184 @@
+"""Adapters on a mixture's experts, against the library's own model with the adapters multiplied out."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from tests.worker import tiny
+from tinsmith.wire.batch import TrainInput
+from tinsmith_worker import checkpoints
+from tinsmith_worker.adapters import lay_out
+from tinsmith_worker.contract import AdapterState, LoraSpec, SampleInput, SampleOutput, Work
+from tinsmith_worker.engine import EngineSettings, TorchEngine
+from tinsmith_worker.model import Base
+from tinsmith_worker.sampler import TorchSampler
+
+# The first layer is dense. A rank of 8 makes 4 at an expert, 1 would make a half.
+SHAPE = {
+    "num_hidden_layers": 3, "mlp_only_layers": [0], "num_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "norm_topk_prob": True,
+}  # fmt: skip
+TENANTS = {
+    "a": (LoraSpec(8, 1), tiny.batch(lengths=(20, 33), seed=1)),
+    "b": (LoraSpec(3, 2, train_attn=False), tiny.batch("ppo", (47,), seed=2)),
+    "attention": (LoraSpec(4, 3, train_mlp=False), tiny.batch(lengths=(9, 1), seed=3)),
+    "c": (LoraSpec(16, 4, train_unembed=False), tiny.batch("gspo", (30, 5), seed=4)),
+}
+
+
+def model() -> Any:
+    return tiny.model("qwen3_moe", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return Base(model())
+
+
+def states(base: Base) -> dict[str, AdapterState]:
+    return {run: tiny.trained(base, spec, seed=spec.seed) for run, (spec, _) in TENANTS.items()}
+
+
+def trained(engine: TorchEngine, runs: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Logprobs and gradient of each."""
+    for run in runs:
+        engine.restore(run, states(engine.base)[run])
+    outputs = engine.forward_backward([Work(run, TENANTS[run][1]) for run in runs])
+    found = {}
+    for run, output in zip(runs, outputs, strict=True):
+        gradient = engine.state(run).gradient
+        assert gradient is not None
+        found[run] = output.logprobs_TK, gradient
+    return found
+
+
+def reference(state: AdapterState, given: TrainInput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logprobs, and the gradient of every tensor of the adapter, by autograd through weights that hold it."""
+    of = model().requires_grad_(False)
+    of.set_experts_implementation("eager")
+    leaves = {
+        name: torch.from_numpy(values.copy()).requires_grad_()
+        for name, values in tiny.tensors(state, state.weights).items()
+    }
+    weights = dict(of.named_parameters(remove_duplicate=False))
+    for name in [name for name in leaves if ".lora_A." in name]:
+        A, B = leaves[name], leaves[name.replace("lora_A", "lora_B")]
+        path = name.removeprefix("base_model.model.").split(".lora_A")[0]
+        module, _, projection = path.rpartition(".")
+        delta = 32 / A.shape[-2] * (B @ A)  # a matrix shared by the experts spreads over them
+        if not module.endswith(".experts"):
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + delta
+        elif projection == "down_proj":
+            weights[f"{module}.down_proj"] = weights[f"{module}.down_proj"] + delta
+        else:
+            gate, up = weights[f"{module}.gate_up_proj"].chunk(2, 1)
+            both = (gate + delta, up) if projection == "gate_proj" else (gate, up + delta)
+            weights[f"{module}.gate_up_proj"] = torch.cat(both, 1)
+    logprobs, start = [], 0
+    for length in given.lengths_S.tolist():
+        rows = slice(start, start + length)
+        tokens = torch.from_numpy(given.tokens_T[rows].astype(np.int64))[None]
+        kwargs = {"input_ids": tokens, "use_cache": False}
+        logits = torch.func.functional_call(of, weights, kwargs=kwargs, tie_weights=False).logits[0]
+        lp = logits.log_softmax(1).gather(1, torch.from_numpy(given.targets_TK[rows]))
+        columns = {name: torch.from_numpy(column[rows]) for name, column in given.columns.items()}
+        tiny.loss_by_autograd(given.loss, lp, columns).sum().backward(retain_graph=True)
+        logprobs.append(lp.detach())
+        start += length
+    return torch.cat(logprobs), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize("run", TENANTS)
+def test_logprobs_and_gradients_are_those_of_weights_that_hold_the_adapter(base: Base, run: str) -> None:
+    logprobs, gradient = trained(TorchEngine(base), list(TENANTS))[run]
+    state = states(base)[run]
+    expected, gradients = reference(state, TENANTS[run][1])
+    assert tiny.worst(logprobs, expected) < 2e-5
+    found = tiny.tensors(state, gradient)
+    assert found.keys() == gradients.keys()
+    for name, wanted in gradients.items():
+        assert tiny.worst(found[name], wanted) < 5e-5, name
+
+
+def test_an_experts_rank_is_the_runs_over_the_experts_a_token_meets_and_the_outer_side_is_shared(
+    base: Base,
+) -> None:
+    shapes = {
+        name.split(".mlp.")[1].removesuffix(".weight"): shape
+        for name, _, shape in lay_out(LoraSpec(8, 0), base.sites)
+        if "layers.2.mlp" in name
+    }
+    assert shapes == {
+        "experts.gate_proj.lora_A": (1, 4, 64),
+        "experts.up_proj.lora_A": (1, 4, 64),
+        "experts.down_proj.lora_A": (6, 4, 24),
+        "experts.gate_proj.lora_B": (6, 24, 4),
+        "experts.up_proj.lora_B": (6, 24, 4),
+        "experts.down_proj.lora_B": (1, 64, 4),
+    }
+
+
+def test_a_checkpoint_gives_the_same_adapter_back(base: Base) -> None:
+    state = states(base)["c"]
+    again = checkpoints.read(checkpoints.write(state, "base"))
+    assert again.tensors == state.tensors
+    assert np.array_equal(again.weights, state.weights)
+
+
+def test_exported_every_expert_has_matrices_and_a_rank_of_its_own(base: Base) -> None:
+    state = states(base)["a"]
+    files = checkpoints.export(state, "base")
+    weights, config = (
+        safetensors.numpy.load(files[checkpoints.WEIGHTS]),
+        json.loads(files[checkpoints.CONFIG]),
+    )
+    assert config["rank_pattern"][r"experts\.\d+\.gate_proj"] == 4
+    held = tiny.tensors(state, state.weights)
+    for matrix, shared in (
+        ("gate_proj.lora_A", True),
+        ("gate_proj.lora_B", False),
+        ("down_proj.lora_B", True),
+    ):
+        stacked = held[f"base_model.model.model.layers.1.mlp.experts.{matrix}.weight"]
+        for number in range(6):
+            of_one = weights[f"base_model.model.model.layers.1.mlp.experts.{number}.{matrix}.weight"]
+            assert np.array_equal(of_one, stacked[0 if shared else number])
+    assert sum(".experts." in name for name in weights) == 2 * 6 * 3 * 2
+
+
+def test_in_deterministic_mode_bits_do_not_depend_on_who_shares_the_pass() -> None:
+    threads = torch.get_num_threads()
+    try:
+        engine = TorchEngine(Base(model()), EngineSettings(deterministic=True))
+        alone = {run: trained(engine, [run])[run] for run in TENANTS}
+        for order in (list(TENANTS), list(TENANTS)[::-1]):
+            for run, found in trained(engine, order).items():
+                assert all(np.array_equal(x, y) for x, y in zip(found, alone[run], strict=True)), run
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_sampled_has_the_logprobs_of_a_forward(base: Base) -> None:
+    engine = TorchEngine(base)
+    sampler = TorchSampler(base)
+    state = states(base)["a"]
+    engine.restore("a", state)
+    sampler.hold("a", state)
+    prompt = np.arange(5, 25, dtype=np.int32)
+    sampler.add(SampleInput("r", "a", prompt, 3, 8, seed=1, stop_tokens=()))
+    (output,) = [answer for _ in range(9) for answer in sampler.step()]
+    assert isinstance(output, SampleOutput), output
+    for sequence in output.sequences:
+        whole = np.concatenate([prompt, sequence.tokens])
+        given = replace(
+            tiny.batch(lengths=(len(whole) - 1,), forward_only=True),
+            tokens_T=whole[:-1],
+            targets_TK=whole[1:, None].astype(np.int64),
+        )
+        forward = engine.forward_backward([Work("a", given)])[0]
+        assert tiny.worst(sequence.logprobs, forward.logprobs_TK[len(prompt) - 1 :, 0]) < 5e-5

@@ -4,7 +4,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tinsmith_api.journal.operations import Operation, Outcome
 from tinsmith_api.journal.store import Store
 from tinsmith_api.journal.tables import payloads, runs
 from tinsmith_worker.channel import Channel
-from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, Work
+from tinsmith_worker.contract import AdapterState, Answer, Failure, LoraSpec, OptimizerParams, T, Work
 from tinsmith_worker.null_engine import NullEngine, NullSampler
 from tinsmith_worker.process import Worker, WorkerSettings
 
@@ -30,10 +31,13 @@ POISON, INFINITE, BREAKING = 666, 777, 888
 
 class CountingEngine(NullEngine):
     """weights[0] counts the tokens stepped with. A pass that meets POISON breaks half-way, after having
-    counted some; a gradient that met INFINITE makes the step a Failure, and one that met BREAKING breaks it."""
+    counted some; a gradient that met INFINITE makes the step a Failure, and one that met BREAKING breaks it.
 
-    def __init__(self) -> None:
+    `device_seconds`: answers, errors among them, come so long after everything was begun."""
+
+    def __init__(self, device_seconds: float = 0.0) -> None:
         super().__init__()
+        self.device_seconds = device_seconds
         self.gradients: dict[str, float] = {}
         self.passes: list[list[str]] = []
 
@@ -61,7 +65,29 @@ class CountingEngine(NullEngine):
                 raise RuntimeError("out of memory, say")
         return super().forward_backward(work)
 
-    def _step(self, run_id: str, params: AdamParams) -> dict[str, float] | Failure:
+    def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
+        return self._later(lambda: self.forward_backward(work))
+
+    def begin_optim_steps(
+        self, steps: Sequence[tuple[str, OptimizerParams]]
+    ) -> Answer[list[dict[str, float] | Failure]]:
+        return self._later(lambda: self.optim_steps(steps))
+
+    def _later(self, compute: Callable[[], T]) -> Answer[T]:
+        if not self.device_seconds:
+            found = compute()
+            return Answer(lambda: found)
+        done: Future[T] = Future()
+        try:
+            done.set_result(compute())
+        except Exception as error:
+            done.set_exception(error)
+        return Answer(done.result, self.wait)
+
+    def wait(self) -> None:
+        time.sleep(self.device_seconds)
+
+    def _step(self, run_id: str, params: OptimizerParams) -> dict[str, float] | Failure:
         gradient = self.gradients[run_id]
         if gradient < 0:
             raise RuntimeError("a kernel that does not run, say")
@@ -82,8 +108,9 @@ def _received(line: socket.socket) -> bytes:
 class House:
     """A journal, an object store and workers on them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device_seconds: float = 0.0) -> None:
         self.folder = folder
+        self.device_seconds = device_seconds
         self.journal = Store(f"sqlite:///{folder / 'journal.db'}")
         self.objects = DirectoryStore(folder / "objects")
         self.tenant = self.journal.write(self._tenant).result()
@@ -110,7 +137,7 @@ class House:
         threading.Thread(
             target=lambda: [None for _ in iter(lambda: _received(ours), b"")], daemon=True
         ).start()
-        self.engine = CountingEngine()
+        self.engine = CountingEngine(self.device_seconds)
         self.journal.write(lambda c: leases.register_worker(c, name, "m", {})).result()
         self.worker = Worker(
             worker_id=name,
@@ -201,9 +228,10 @@ class House:
         return float(json.loads(body)["metrics"]["grad_norm"])
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path)
+@pytest.fixture(params=[0.0, 0.03], ids=["at once", "later"])
+def house(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[House]:
+    """Whose engine answers at once, or when its device has done it."""
+    made = House(tmp_path, request.param)
     made.start("w1")
     yield made
     if made.thread.is_alive():

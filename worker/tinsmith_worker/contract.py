@@ -4,14 +4,16 @@ The torch engine (`engine.py`, `sampler/`) and the null engine (`null_engine.py`
 Everything here runs on one thread, the engine's; only `AdapterState` and outputs leave it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from tinsmith.wire.batch import TrainInput, TrainOutput
+
+T = TypeVar("T")
 
 LORA_ALPHA = 32
 """Fixed by the wire, whatever the rank: the delta is scaled by 32 / rank."""
@@ -146,6 +148,15 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What a device may still be computing. `get` gives it, on the engine's thread, however often it is
+    asked; `wait` returns on any thread once `get` will not have to wait. None: it is here already."""
+
+    get: Callable[[], T]
+    wait: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What the control plane must know of a base model to validate requests."""
 
@@ -183,9 +194,19 @@ class Engine(Protocol):
         """
         ...
 
+    def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
+        """The same, without waiting for the device: calls that follow act on what this one leaves behind."""
+        ...
+
     def optim_steps(self, steps: Sequence[tuple[str, OptimizerParams]]) -> list[dict[str, float] | Failure]:
         """Step each of these runs, all different, and clear its gradient. A gradient that is not finite is
         that run's Failure, and is cleared too."""
+        ...
+
+    def begin_optim_steps(
+        self, steps: Sequence[tuple[str, OptimizerParams]]
+    ) -> Answer[list[dict[str, float] | Failure]]:
+        """The same, without waiting for the device."""
         ...
 
     def state(self, run_id: str) -> AdapterState: ...

@@ -1,6 +1,6 @@
 """Copies between host memory and the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,24 @@ def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Ten
     return on_host.pin_memory().to(device, non_blocking=True)
 
 
-def to_host(tensors: Sequence[torch.Tensor]) -> list[npt.NDArray[np.float32]]:
-    """All of them, waiting for the device once."""
-    if not tensors or not tensors[0].is_cuda:
-        return [tensor.numpy() for tensor in tensors]
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [copy.numpy() for copy in copies]
+class OnTheWay:
+    """Tensors on their way to host memory, behind whatever the device has to do before. `wait` (None if they
+    are here) waits for them alone, on any thread."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.wait: Callable[[], None] | None = None
+        self._tensors = list(tensors)
+        if not tensors or not tensors[0].is_cuda:
+            return
+        self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for copy, tensor in zip(self._tensors, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        # Blocking: a thread that spins would take the time of the one that feeds the device.
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(tensors[0].device))
+        self.wait = event.synchronize
+
+    def arrays(self) -> list[npt.NDArray[np.float32]]:
+        if self.wait:
+            self.wait()
+        return [tensor.numpy() for tensor in self._tensors]

@@ -5,6 +5,7 @@ work -> pieces (whole datums of one operation) -> passes (packed streams) -> mod
 Shapes: T packed tokens, S sequences, D hidden, K targets per token, N rows of one piece, C columns of a loss.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,16 @@ from tinsmith_worker import custom_loss, losses, optim
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import Adapter, adapter_elements
 from tinsmith_worker.attention import CausalSequences
-from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, OptimizerParams, Work
-from tinsmith_worker.copies import to_device, to_host
+from tinsmith_worker.contract import (
+    AdamParams,
+    AdapterState,
+    Answer,
+    Failure,
+    LoraSpec,
+    OptimizerParams,
+    Work,
+)
+from tinsmith_worker.copies import OnTheWay, to_device
 from tinsmith_worker.model import Base
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
 
@@ -80,6 +89,7 @@ class TorchEngine:
         self.facts = base.facts
         self._settings = settings or EngineSettings()
         self._adapters: dict[str, Adapter] = {}
+        self._last_steps: Answer[list[dict[str, float] | Failure]] = Answer(list)  # not counted yet, maybe
         if self._settings.deterministic:
             _make_deterministic(base)
 
@@ -127,26 +137,43 @@ class TorchEngine:
         return run_id in self._adapters
 
     def forward_backward(self, work: Sequence[Work]) -> list[TrainOutput]:
-        """See `contract.Engine`. Waits for the device once, at the end."""
+        return self.begin_forward_backward(work).get()
+
+    def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
+        """See `contract.Engine`. Nothing in it waits for the device."""
         pieces = [piece for number, one in enumerate(work) for piece in self._pieces(number, one)]
         blocks: list[_Block] = []
         for train in (True, False):
             for group in self._passes([p for p in pieces if p.given.forward_only is not train]):
                 blocks += self._run(group, train=train)
-        found = [np.empty((o.given.tokens, o.given.targets_TK.shape[1] + 1), np.float32) for o in work]
-        for block, results in zip(blocks, to_host([b.results for b in blocks]), strict=True):
-            for piece, segment in zip(block.pieces, block.segments, strict=True):
-                found[piece.operation][piece.rows] = results[segment.start : segment.stop]
-        sums: list[dict[str, float]] = [{} for _ in work]
-        for block in blocks:
-            for operation, own in block.metric_sums.items():
-                _add(sums[operation], own)
-        return [TrainOutput(f[:, :-1], f[:, -1], own) for f, own in zip(found, sums, strict=True)]
+        results = OnTheWay([b.results for b in blocks])
+
+        @functools.cache
+        def get() -> list[TrainOutput]:
+            found = [np.empty((o.given.tokens, o.given.targets_TK.shape[1] + 1), np.float32) for o in work]
+            for block, of_block in zip(blocks, results.arrays(), strict=True):
+                for piece, segment in zip(block.pieces, block.segments, strict=True):
+                    found[piece.operation][piece.rows] = of_block[segment.start : segment.stop]
+            sums: list[dict[str, float]] = [{} for _ in work]
+            for block in blocks:
+                for operation, own in block.metric_sums.items():
+                    _add(sums[operation], own)
+            return [TrainOutput(f[:, :-1], f[:, -1], own) for f, own in zip(found, sums, strict=True)]
+
+        return Answer(get, results.wait)
 
     def optim_steps(self, steps: Sequence[tuple[str, OptimizerParams]]) -> list[dict[str, float] | Failure]:
-        return optim.steps([(self._adapters[run_id], params) for run_id, params in steps])
+        return self.begin_optim_steps(steps).get()
+
+    def begin_optim_steps(
+        self, steps: Sequence[tuple[str, OptimizerParams]]
+    ) -> Answer[list[dict[str, float] | Failure]]:
+        self._last_steps.get()
+        self._last_steps = optim.begin([(self._adapters[run_id], params) for run_id, params in steps])
+        return self._last_steps
 
     def state(self, run_id: str) -> AdapterState:
+        self._last_steps.get()
         return self._adapters[run_id].state()
 
     def frozen(self, run_id: str) -> Adapter:
@@ -170,6 +197,7 @@ class TorchEngine:
         self._adapters[run_id] = self.base.adapter_of(state, optimizer=True)
 
     def load(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
+        self._last_steps.get()
         adapter = self._adapters[run_id]
         ours, theirs = _described(adapter.spec), _described(state.spec)
         if ours != theirs:

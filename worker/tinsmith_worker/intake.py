@@ -90,6 +90,11 @@ class Room:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """The device has come to the end of something that is under way."""
+
+
+@dataclass(frozen=True)
 class SampleArrived:
     operation: Operation
     task: pb.SampleTask
@@ -132,6 +137,7 @@ Event = (
     | Snapshotted
     | Settled
     | Room
+    | Computed
     | SampleArrived
     | SampleCancelled
     | WeightsRead

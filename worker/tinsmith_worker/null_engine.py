@@ -8,6 +8,7 @@ import numpy as np
 from tinsmith.wire.batch import TrainInput, TrainOutput
 from tinsmith_worker.contract import (
     AdapterState,
+    Answer,
     Failure,
     LoraSpec,
     ModelFacts,
@@ -56,6 +57,16 @@ class NullEngine:
 
     def optim_steps(self, steps: Sequence[tuple[str, OptimizerParams]]) -> list[dict[str, float] | Failure]:
         return [self._step(run_id, params) for run_id, params in steps]
+
+    def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
+        outputs = self.forward_backward(work)
+        return Answer(lambda: outputs)
+
+    def begin_optim_steps(
+        self, steps: Sequence[tuple[str, OptimizerParams]]
+    ) -> Answer[list[dict[str, float] | Failure]]:
+        answered = self.optim_steps(steps)
+        return Answer(lambda: answered)
 
     def state(self, run_id: str) -> AdapterState:
         return self._runs[run_id]

@@ -1,6 +1,7 @@
 """Optimizer steps on adapters' flat buffers: AdamW, as torch.optim.AdamW does it tensor by tensor; Muon is in
 `muon.py`."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,29 +10,37 @@ import torch
 
 from tinsmith_worker import muon
 from tinsmith_worker.adapters import Adapter
-from tinsmith_worker.contract import AdamParams, Failure, OptimizerParams
+from tinsmith_worker.contract import AdamParams, Answer, Failure, OptimizerParams
+from tinsmith_worker.copies import OnTheWay
 from tinsmith_worker.lora import triton_kernels
 
 
-def steps(wanted: Sequence[tuple[Adapter, OptimizerParams]]) -> list[dict[str, float] | Failure]:
+def begin(wanted: Sequence[tuple[Adapter, OptimizerParams]]) -> Answer[list[dict[str, float] | Failure]]:
     """Apply the accumulated gradient (zeros if there is none) of each adapter and clear it.
 
     Clipping is torch.nn.utils.clip_grad_norm_ over all of an adapter's tensors. The metrics are `grad_norm`
     (before clipping), `optimizer_step` and `learning_rate`: not `step`, for clients merge them into rows of
     their own, which have one. A gradient that is not finite is a Failure: it is cleared,
     everything else of that adapter stays as it was. Parameters that float32 cannot compute with are a Failure
-    that leaves the gradient as well. Waits for the device once, when everything is on its way.
+    that leaves the gradient as well. An adapter's steps are counted by `get`: it must have been called before
+    the next step and before anybody asks for the adapter's state.
     """
     assert len({id(adapter) for adapter, _ in wanted}) == len(wanted), (
         "an adapter can take one step at a time"
     )
     begun = [_begin(adapter, params) for adapter, params in wanted]
     on_device = [norm for norm in begun if isinstance(norm, torch.Tensor)]
-    norms = iter(torch.stack(on_device).tolist() if on_device else [])
-    return [
-        _finish(adapter, params, next(norms)) if isinstance(norm, torch.Tensor) else norm
-        for (adapter, params), norm in zip(wanted, begun, strict=True)
-    ]
+    norms = OnTheWay([torch.stack(on_device)] if on_device else [])
+
+    @functools.cache
+    def get() -> list[dict[str, float] | Failure]:
+        found = iter([float(norm) for array in norms.arrays() for norm in array])
+        return [
+            _finish(adapter, params, next(found)) if isinstance(norm, torch.Tensor) else norm
+            for (adapter, params), norm in zip(wanted, begun, strict=True)
+        ]
+
+    return Answer(get, norms.wait)
 
 
 def _begin(adapter: Adapter, params: OptimizerParams) -> torch.Tensor | Failure:
@@ -42,6 +51,7 @@ def _begin(adapter: Adapter, params: OptimizerParams) -> torch.Tensor | Failure:
     adapter.open_gradient()
     gradient = adapter.gradient
     assert gradient is not None
+    adapter.has_gradient = False
     if isinstance(params, AdamParams) and gradient.is_cuda and triton_kernels() is not None:
         norm = torch.linalg.vector_norm(gradient)
         _adamw_in_one_kernel(adapter, gradient, norm, params)
@@ -60,7 +70,6 @@ def _begin(adapter: Adapter, params: OptimizerParams) -> torch.Tensor | Failure:
 
 
 def _finish(adapter: Adapter, params: OptimizerParams, grad_norm: float) -> dict[str, float] | Failure:
-    adapter.has_gradient = False
     if not math.isfinite(grad_norm):
         return Failure(
             f"the gradient is not finite (its norm is {grad_norm}): it was cleared and the weights were left "

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from tinsmith.errors import InvalidInput
 from tinsmith.wire import datums
+from tinsmith.wire.batch import TrainOutput
 from tinsmith_api.journal import leases, metrics
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.leases import Lease
@@ -30,6 +31,7 @@ from tinsmith_worker.archive import Archive, RecoveryPoint
 from tinsmith_worker.channel import Line
 from tinsmith_worker.contract import (
     AdamParams,
+    Answer,
     Engine,
     Failure,
     LoraSpec,
@@ -42,6 +44,7 @@ from tinsmith_worker.intake import (
     AHEAD,
     Adopt,
     Arrived,
+    Computed,
     Drain,
     Event,
     Intake,
@@ -59,6 +62,7 @@ from tinsmith_worker.outbox import Outbox
 from tinsmith_worker.sampling import Sampling
 from tinsmith_worker.schedule import FORWARD, FORWARD_BACKWARD, OTHER, Item, Schedule
 from tinsmith_worker.slots import Slots
+from tinsmith_worker.under_way import UnderWay
 
 log = logging.getLogger("tinsmith.worker")
 
@@ -134,6 +138,8 @@ class Worker:
         self.alone: set[str] = set()  # operations that nothing may share a pass with
         self.draining = False
         self._looked_for_idle_at = time.monotonic()
+        self.under_way = UnderWay(lambda: self.inbox.put(Computed()))
+        self._taken_up_at = 0.0
         self.intake = Intake(
             journal,
             objects,
@@ -189,6 +195,8 @@ class Worker:
             batch = self.schedule.next_batch(started)
             if batch:
                 self._execute(batch)
+            if self.sampling.busy:
+                self.under_way.take_up()
             # For about as long as the pass took, so that neither starves the other; but what comes to be
             # trained meanwhile waits for no more than a slice.
             now = time.monotonic()
@@ -231,7 +239,11 @@ class Worker:
             self._take_in(self.inbox.get())
 
     def _take_in(self, event: Event) -> None:
+        if isinstance(event, Adopt | Settled | LeaseGone):
+            self.under_way.take_up()  # of what the run was until now
         match event:
+            case Computed():
+                self.under_way.take_up_arrived()
             case Arrived(prepared):
                 if (held := self.held.get(prepared.operation.subject)) is None:
                     # Let go of meanwhile; if it is being adopted again, this comes with it.
@@ -380,11 +392,12 @@ class Worker:
                 metrics.REPLAYED.inc()
         work = [prepared for prepared in work if self._may_try(prepared.operation)]
         if batch[0].group != OTHER:
-            with metrics.COMPUTE.labels(batch[0].group).time():
-                self._pass(work)
+            self._pass(work)
             metrics.TOKENS.labels(batch[0].group).inc(sum(item.tokens for item in batch))
             return
         steps = []
+        if any(p.operation.kind != ops.OPTIM_STEP or p.failure for p in work):
+            self.under_way.take_up()
         for prepared in work:
             if prepared.operation.kind == ops.OPTIM_STEP and prepared.failure is None:
                 steps.append(prepared)
@@ -413,21 +426,62 @@ class Worker:
         return True
 
     def _pass(self, work: list[Prepared]) -> None:
-        """forward_backwards (or forwards) of many runs, together."""
-        if not (work := self._without_orphans(work)):
+        """Begin forward_backwards (or forwards) of many runs, together. What was begun before them is taken
+        up while the device computes them."""
+        work = self._without_orphans(self._settled(work))
+        if not work:
             return
-        started = time.monotonic()
+        is_suspect = any(self.held[p.operation.subject].is_suspect for p in work)
+        run_ids, started = {p.operation.subject for p in work}, time.monotonic()
         try:
-            self.slots.bring({prepared.operation.subject for prepared in work})
-            outputs = self.engine.forward_backward([Work(p.operation.subject, p.given) for p in work])
+            self.slots.bring(run_ids)
+            answer = self.engine.begin_forward_backward([Work(p.operation.subject, p.given) for p in work])
         except Exception as error:  # whatever the engine raises; its gradients are undefined now
-            self._recover(work, error)
+            self._break_off(work, error)
             return
-        for prepared, output in zip(work, outputs, strict=True):
-            self._done(prepared, functools.partial(datums.write_output, prepared.given, output))
+        self.under_way.begin(run_ids, answer.wait, lambda: self._passed(work, answer, started))
+        self.under_way.take_up(keep=0 if is_suspect else 1)
+
+    def _settled(self, work: list[Prepared]) -> list[Prepared]:
+        """What of it may begin now. A snapshot that is due comes first: what it covers must be taken up, and
+        nothing later begun. And what may kill the worker has it alone."""
         for run_id in {prepared.operation.subject for prepared in work}:
-            self.held[run_id].point.computed_seconds += time.monotonic() - started
-            self._snapshot_if_due(run_id)
+            held = self.held[run_id]
+            if held.is_suspect or (self.under_way.holds(run_id) and self.archive.is_due(held.point)):
+                self.under_way.take_up()
+                break
+        return [prepared for prepared in work if self._is_here(prepared.operation.subject)]
+
+    def _passed(self, work: list[Prepared], answer: Answer[list[TrainOutput]], started: float) -> None:
+        try:
+            outputs = answer.get()
+        except Exception as error:
+            self._recover([p for p in work if self._is_here(p.operation.subject)], error)
+            return
+        seconds = self._took(work[0].operation.kind, started)
+        for prepared, output in zip(work, outputs, strict=True):
+            if self._is_here(prepared.operation.subject):
+                self._done(prepared, functools.partial(datums.write_output, prepared.given, output))
+        for run_id in {prepared.operation.subject for prepared in work}:
+            if self._is_here(run_id):
+                self.held[run_id].point.computed_seconds += seconds
+                self._snapshot_if_due(run_id)
+
+    def _took(self, kind: str, started: float) -> float:
+        """How long the device had it alone, about; what was queued behind something began when that ended."""
+        now = time.monotonic()
+        seconds = now - max(started, self._taken_up_at)
+        self._taken_up_at = now
+        metrics.COMPUTE.labels(kind).observe(seconds)
+        return seconds
+
+    def _break_off(self, work: list[Prepared], error: Exception) -> None:
+        """It could not even be begun. What is under way of the same runs is computed again with it: their
+        adapters hold something of both."""
+        for prepared in work:
+            self.held[prepared.operation.subject].is_broken = True
+        self.under_way.take_up()
+        self._recover(work, error)
 
     def _without_orphans(self, work: list[Prepared]) -> list[Prepared]:
         """Fail the operations of runs whose creation failed."""
@@ -445,7 +499,9 @@ class Worker:
     def _recover(self, work: list[Prepared], error: Exception) -> None:
         """A pass failed half-way. Its runs go back to their snapshots and are replayed; what shared the pass
         is tried again one by one, and the operation that fails alone is the one that fails."""
-        log.exception("a pass over %d operations failed", len(work))
+        if not work:
+            return
+        log.error("a pass over %d operations failed", len(work), exc_info=error)
         if len(work) == 1:
             self._failed(work[0], Failure(f"the engine failed on this call: {error}", "server"))
             if work[0].operation.state == ops.DONE:
@@ -525,18 +581,34 @@ class Worker:
         ]
         together = [r for r in of_run if r not in singles]
         for run_ids in [*([r] for r in singles), *self.slots.in_parts(together)]:
-            group, started = [of_run[run_id] for run_id in run_ids], time.monotonic()
-            try:
-                with metrics.COMPUTE.labels(ops.OPTIM_STEP).time():
-                    self.slots.bring(run_ids)
-                    answered = self.engine.optim_steps(
-                        [(p.operation.subject, _optimizer_params(p.given)) for p in group]
-                    )
-            except Exception as error:  # some may have been applied
-                self._recover(group, error)
+            group, started = self._settled([of_run[run_id] for run_id in run_ids]), time.monotonic()
+            if not group:
                 continue
-            for prepared, stepped in zip(group, answered, strict=True):
-                self.held[prepared.operation.subject].point.computed_seconds += time.monotonic() - started
+            try:
+                self.slots.bring([p.operation.subject for p in group])
+                answer = self.engine.begin_optim_steps(
+                    [(p.operation.subject, _optimizer_params(p.given)) for p in group]
+                )
+            except Exception as error:  # some may have been applied
+                self._break_off(group, error)
+                continue
+            take_up = functools.partial(self._all_stepped, group, answer, started)
+            self.under_way.begin([p.operation.subject for p in group], answer.wait, take_up)
+            if any(run_id in singles for run_id in run_ids):
+                self.under_way.take_up()
+
+    def _all_stepped(
+        self, work: list[Prepared], answer: Answer[list[dict[str, float] | Failure]], started: float
+    ) -> None:
+        try:
+            answered = answer.get()
+        except Exception as error:
+            self._recover([p for p in work if self._is_here(p.operation.subject)], error)
+            return
+        seconds = self._took(ops.OPTIM_STEP, started)
+        for prepared, stepped in zip(work, answered, strict=True):
+            if self._is_here(prepared.operation.subject):
+                self.held[prepared.operation.subject].point.computed_seconds += seconds
                 self._stepped(prepared, stepped)
 
     def _stepped(self, prepared: Prepared, stepped: dict[str, float] | Failure) -> None:
@@ -582,7 +654,7 @@ class Worker:
         self.alone.discard(prepared.operation.request_id)
 
     def _snapshot_if_due(self, run_id: str) -> None:
-        if self.archive.is_due(self.held[run_id].point):
+        if self.archive.is_due(self.held[run_id].point) and not self.under_way.holds(run_id):
             self._snapshot(run_id)
 
     def _snapshot(self, run_id: str) -> None:
@@ -611,7 +683,8 @@ class Worker:
 
     def _is_idle(self, held: Held) -> bool:
         is_quiet = not (held.is_broken or held.waiting or held.requested)
-        return is_quiet and self.schedule.is_idle(held.lease.run_id)
+        run_id = held.lease.run_id
+        return is_quiet and self.schedule.is_idle(run_id) and not self.under_way.holds(run_id)
 
     def _leave_with_snapshot(self, run_id: str, *, releases: bool) -> None:
         held = self.held[run_id]
@@ -660,8 +733,12 @@ class Worker:
     def _fail_overdue(self) -> None:
         for run_id, missing_from in self.schedule.stuck(time.monotonic()):
             self.intake.look_for(run_id, missing_from)
-        for run_id, missing, behind in self.schedule.overdue(time.monotonic()):
-            held = self.held[run_id]
+        overdue = self.schedule.overdue(time.monotonic())
+        if overdue:
+            self.under_way.take_up()  # results in their order
+        for run_id, missing, behind in overdue:
+            if (held := self.held.get(run_id)) is None:
+                continue
             give_up = functools.partial(
                 answers.give_up,
                 run_id=run_id,
@@ -689,6 +766,7 @@ class Worker:
 
     def _drain(self) -> None:
         """Hand over: every run snapshotted, every result written, then leave."""
+        self.under_way.take_up()
         # From now on it is given nothing new, whoever it was that told it to leave.
         self.journal.write(lambda c: leases.drain_worker(c, self.worker_id))
         self.archive.hurry()

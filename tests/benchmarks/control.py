@@ -56,7 +56,8 @@ class Place:
 
 
 @contextmanager
-def service(tenants: int) -> Iterator[Place]:
+def service(tenants: int, *options: str) -> Iterator[Place]:
+    """With as many tenants' keys. `options` of `tinsmith serve`; without any, its engine computes nothing."""
     from tinsmith_api.journal import identities
     from tinsmith_api.journal.store import Store
 
@@ -64,7 +65,8 @@ def service(tenants: int) -> Iterator[Place]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        serve = [sys.executable, "-m", "tinsmith_api.cli", "serve", "--engine", "null", "--port", str(port)]
+        serve = [sys.executable, "-m", "tinsmith_api.cli", "serve", "--port", str(port)]
+        serve += options or ("--engine", "null")
         log = Path(folder, "log")
         with log.open("w") as out:
             child = subprocess.Popen([*serve, "--data-dir", folder], stdout=out, stderr=out)

@@ -27,7 +27,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from tinsmith.wire.batch import TrainInput
 from tinsmith_worker.activations import Keeping
@@ -54,6 +54,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+# Of Qwen3-30B-A3B: 128 experts in every layer, of which a token meets 8.
+SHAPES["30B-A3B"] = SHAPES["8B"] | {
+    "hidden_size": 2048, "num_hidden_layers": 48, "num_key_value_heads": 4, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+}  # fmt: skip
 # A whole step of the 0.6B shape takes a CPU minutes: a few layers and a short vocabulary tell the same.
 SHAPES["0.6B, 4 of 28 layers, 8k of 152k words"] = SHAPES["0.6B"] | {
     "num_hidden_layers": 4,
@@ -63,7 +68,8 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def model_of(shape: str) -> Any:
-    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=40960)
+    config_class = Qwen3MoeConfig if "num_experts" in SHAPES[shape] else Qwen3Config
+    config = config_class(**SHAPES[shape], max_position_embeddings=40960)
     torch.manual_seed(0)
     with DEVICE:
         return AutoModelForCausalLM.from_config(config, dtype=DTYPE)
@@ -418,6 +424,18 @@ def memory_8b(seconds: float) -> Rows:
     engine._settings = EngineSettings()
 
 
+def mixture(seconds: float) -> Rows:
+    """A mixture of experts of the Qwen3-30B-A3B shape, in 16 bits on one card."""
+    _engines.clear()
+    free()
+    engine, getting_ready = engine_on(model_of("30B-A3B"))
+    yield {"shape": "30B-A3B", "ready after s": getting_ready, "GiB": torch.cuda.memory_allocated() / 2**30}
+    cases: list[Case] = [("1 x 32 x 512", 32, [[512] * 32]), ("8 x 8 x 256", 32, [[256] * 8] * 8)]
+    for name, rank, tenants in cases:
+        found = time_engine(engine, [rank] * len(tenants), tenants, seconds=seconds)
+        yield {"work": name, "rank": rank, "engine": found}
+
+
 def profile_8b(seconds: float) -> Rows:
     """Where the milliseconds of one step go, by kernels; and how long the GPU had nothing to do."""
     engine = the_8b()
@@ -504,7 +522,7 @@ def by_turns(shape: str, cases: list[Case], seconds: float) -> Rows:
 PARTS: dict[str, Callable[[float], Rows]] = (
     {
         "tenants": tenants_8b, "small": small_gpu, "profile": profile_8b, "adapters": adapters_8b,
-        "lengths": lengths_8b, "memory": memory_8b, "deterministic": deterministic_8b,
+        "lengths": lengths_8b, "memory": memory_8b, "mixture": mixture, "deterministic": deterministic_8b,
     }
     if ON_GPU
     else {"cpu": cpu}

@@ -26,6 +26,7 @@ import tiny
 import torch
 
 from tinsmith.wire.batch import TrainInput
+from tinsmith_worker import experts
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import (
     AdamParams,
@@ -272,6 +273,33 @@ def check_attention(small: bool) -> list[Finding]:
     return findings
 
 
+def check_experts(small: bool) -> list[Finding]:
+    """A mixture's experts in one product against one after the other. Of one layer, whose router is given the same
+    bits by both."""
+    shape = (TINY if small else SMALL) | {"num_hidden_layers": 1, "num_experts": 16, "num_experts_per_tok": 4,
+                                          "moe_intermediate_size": 64}  # fmt: skip
+    findings, in_one = [], experts.grouped
+    for dtype in DTYPES:
+        found = []
+        for grouped in (in_one, experts.one_by_one):
+            experts.grouped = grouped
+            base = Base(tiny.model("qwen3_moe", dtype=dtype, **shape).to(DEVICE))
+            found.append(trained(TorchEngine(base, EngineSettings(1024)), list(TENANTS)))
+        experts.grouped = in_one
+        worst = max(error(a, b) for run in TENANTS for a, b in zip(found[0][run], found[1][run], strict=True))
+        limit = 5e-5 if dtype == torch.float32 else 0.05
+        findings.append(
+            {
+                "check": f"experts in one product against one by one, {dtype}".replace("torch.", ""),
+                "error": worst,
+                "limit": limit,
+                "passed": worst <= limit,
+            }
+        )
+        say(findings[-1])
+    return findings
+
+
 def check_deterministic(small: bool) -> list[Finding]:
     """In deterministic mode a tenant's bits are its own: packed with anyone in any order, and run again."""
     findings = []
@@ -361,7 +389,7 @@ def _next_tokens(tokens: np.ndarray) -> TrainInput:
     )
 
 
-PARTS = ["numbers", "packing", "attention", "deterministic", "sampler"]
+PARTS = ["numbers", "packing", "attention", "experts", "deterministic", "sampler"]
 
 
 def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
@@ -369,6 +397,7 @@ def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
         "numbers": check_numbers,
         "packing": check_packing,
         "attention": check_attention,
+        "experts": check_experts,
         "deterministic": check_deterministic,
         "sampler": check_sampler,
     }

@@ -233,6 +233,11 @@ def grouped(x_MI: torch.Tensor, weights_GOI: torch.Tensor, ends_G: torch.Tensor)
     """x Wᵀ of row after row, each with the weights of the group that it lies in: [M, O]."""
     if x_MI.is_cuda and x_MI.dtype == torch.bfloat16:
         return F.grouped_mm(x_MI, weights_GOI.transpose(1, 2), offs=ends_G)
+    return one_by_one(x_MI, weights_GOI, ends_G)
+
+
+def one_by_one(x_MI: torch.Tensor, weights_GOI: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+    """`grouped`, where there is no kernel for it. Waits for the device."""
     bounds = [0, *ends_G.tolist()]
     found = [
         F.linear(x_MI[start:stop], weights_GOI[group])

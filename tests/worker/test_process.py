@@ -77,12 +77,18 @@ class CountingEngine(NullEngine):
         if not self.device_seconds:
             found = compute()
             return Answer(lambda: found)
-        done: Future[T] = Future()
+        found: Future[T] = Future()
+        is_done = threading.Event()
         try:
-            done.set_result(compute())
+            found.set_result(compute())
         except Exception as error:
-            done.set_exception(error)
-        return Answer(done.result, self.wait)
+            found.set_exception(error)
+
+        def wait() -> None:
+            self.wait()
+            is_done.set()
+
+        return Answer(lambda: found.result(is_done.wait(20)), wait)
 
     def wait(self) -> None:
         time.sleep(self.device_seconds)

@@ -13,12 +13,24 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["member", "members"])
+@triton.jit
+def _pick(member, first, second, third):
+    found = first
+    if member == 1:
+        found = second
+    if member == 2:
+        found = third
+    return found
+
+
+@triton.jit(do_not_specialize=["adapters"])
 def shrink(
-    x_NI, u_NR, anchor, places, tiles, ranks, scales, inputs, stride, member, members,
-    STEP: tl.constexpr, BY_ROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    x0, x1, x2, u_NR, anchor, places, adapters, tiles, ranks, scales, width0, width1, width2, stride,
+    OF_A: tl.constexpr, MEMBERS: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """u = scale * x Wᵀ, where W is [members * R, I] (BY_ROW) or the transpose of [I, R]. One tile of rows."""
+    """u = scale * x Aᵀ (OF_A), the As of all members being one [members * R, I]; or scale * dy B of each
+    member, B being [O, R]. One tile of rows."""
     tile = tl.program_id(0)
     start, stop, adapter = (
         tl.load(tiles + 3 * tile),
@@ -28,11 +40,23 @@ def shrink(
     if adapter < 0:
         return
     rank = tl.load(ranks + adapter) * STEP
-    width = rank * members
+    member = tl.program_id(2)
+    if OF_A:
+        width = rank * MEMBERS
+        place = places + adapter
+    else:
+        width = rank
+        place = places + (1 + member) * adapters + adapter
     first = tl.program_id(1) * WIDTH
     if first >= width:
         return
-    weight = anchor + tl.load(places + adapter) * 16
+    if MEMBERS > 1 and not OF_A:
+        x_NI = _pick(member, x0, x1, x2)
+        inputs = _pick(member, width0, width1, width2)
+    else:
+        x_NI = x0
+        inputs = width0
+    weight = anchor + tl.load(place) * 16
     rows = start + tl.arange(0, ROWS)
     columns = first + tl.arange(0, WIDTH)
     depth = tl.arange(0, DEPTH)
@@ -41,7 +65,7 @@ def shrink(
     for at in range(0, inputs, DEPTH):
         within = at + depth < inputs
         x = tl.load(x_rows + at + depth[None, :], mask=(rows < stop)[:, None] & within[None, :], other=0.0)
-        if BY_ROW:
+        if OF_A:
             pointers = weight + columns[None, :] * inputs + (at + depth)[:, None]
         else:
             pointers = weight + (at + depth)[:, None] * rank + columns[None, :]
@@ -54,27 +78,43 @@ def shrink(
     )
 
 
-@triton.jit(do_not_specialize=["member", "members"])
+@triton.jit(do_not_specialize=["adapters"])
 def expand(
-    u_NR, y_NO, bias_O, anchor, places, tiles, ranks, outputs, stride, member, members,
-    STEP: tl.constexpr, BY_ROW: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    u_NR, y0, y1, y2, bias0, bias1, bias2, anchor, places, adapters, tiles, ranks, width0, width1, width2,
+    stride,
+    OF_A: tl.constexpr, MEMBERS: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """y = u Wᵀ + bias, where W is [O, R] (BY_ROW) or the transpose of [members * R, O]; rows without an
-    adapter get the bias alone."""
+    """y = u Bᵀ + bias of each member; or du A of all (OF_A). Rows without an adapter get the bias alone."""
     tile = tl.program_id(1)
     start, stop, adapter = (
         tl.load(tiles + 3 * tile),
         tl.load(tiles + 3 * tile + 1),
         tl.load(tiles + 3 * tile + 2),
     )
+    if OF_A:
+        member = 0
+        y_NO = y0
+        outputs = width0
+    else:
+        member = tl.program_id(2)
+        y_NO = _pick(member, y0, y1, y2)
+        outputs = _pick(member, width0, width1, width2)
+    block = tl.program_id(0)
+    if block * WIDTH >= outputs:
+        return
     rows = start + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    columns = block * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     if adapter >= 0:
         rank = tl.load(ranks + adapter) * STEP
-        width = rank * members
-        weight = anchor + tl.load(places + adapter) * 16
+        if OF_A:
+            width = rank * MEMBERS
+            place = places + adapter
+        else:
+            width = rank
+            place = places + (1 + member) * adapters + adapter
+        weight = anchor + tl.load(place) * 16
         depth = tl.arange(0, DEPTH)
         u_rows = u_NR + rows[:, None].to(tl.int64) * stride + member * rank
         for at in range(0, width, DEPTH):
@@ -82,39 +122,60 @@ def expand(
             u = tl.load(
                 u_rows + at + depth[None, :], mask=(rows < stop)[:, None] & within[None, :], other=0.0
             )
-            if BY_ROW:
-                pointers = weight + columns[None, :] * rank + (at + depth)[:, None]
-            else:
+            if OF_A:
                 pointers = weight + (at + depth)[:, None] * outputs + columns[None, :]
+            else:
+                pointers = weight + columns[None, :] * rank + (at + depth)[:, None]
             w = tl.load(pointers, mask=within[:, None] & (columns < outputs)[None, :], other=0.0)
             total = tl.dot(u, w, total, input_precision="ieee")
-    if HAS_BIAS:
-        total += tl.load(bias_O + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]
+    if BIAS0 and member == 0:
+        total += tl.load(bias0 + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]
+    if BIAS1 and member == 1:
+        total += tl.load(bias1 + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]
+    if BIAS2 and member == 2:
+        total += tl.load(bias2 + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]
     pointers = y_NO + rows[:, None].to(tl.int64) * outputs + columns[None, :]
     tl.store(
         pointers, total.to(y_NO.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < outputs)[None, :]
     )
 
 
-@triton.jit(do_not_specialize=["member", "members"])
+@triton.jit(do_not_specialize=["adapters"])
 def correlate(
-    narrow_NR, wide_NI, anchor, partial, places, chunks, ranks, inputs, stride, member, members, room,
-    STEP: tl.constexpr, BY_ROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    narrow_NR, wide0, wide1, wide2, anchor, partial, places, adapters, chunks, ranks, width0, width1, width2,
+    stride, room, OF_A: tl.constexpr, MEMBERS: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """gradient += narrowᵀ wide over a chunk of one adapter's rows; as [members * R, I] (BY_ROW) or [I, R].
+    """gradient += duᵀ x of all As as one [members * R, I] (OF_A), or dyᵀ u of each member's B [O, R], over a
+    chunk of one adapter's rows.
 
-    Where an adapter has several chunks (their slots are not negative), each is left in `partial` for `fold`.
+    Where an adapter has several chunks (their slots are not negative), each is left in `partial` for `fold`,
+    laid out as the group's matrices are in the gradient.
     """
     chunk = tl.program_id(1)
     start, stop = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
     adapter, slot = tl.load(chunks + 4 * chunk + 2), tl.load(chunks + 4 * chunk + 3)
     rank = tl.load(ranks + adapter) * STEP
-    width = rank * members
-    first = tl.program_id(2) * DEPTH
-    if first >= width:
+    group = tl.load(places + adapter)
+    if OF_A:
+        member = 0
+        first = tl.program_id(2) * DEPTH
+        wide_NI = wide0
+        inputs = width0
+        width = rank * MEMBERS
+        place = group
+    else:
+        member = tl.program_id(2) % MEMBERS
+        first = tl.program_id(2) // MEMBERS * DEPTH
+        wide_NI = _pick(member, wide0, wide1, wide2)
+        inputs = _pick(member, width0, width1, width2)
+        width = rank
+        place = tl.load(places + (1 + member) * adapters + adapter)
+    block = tl.program_id(0)
+    if (first >= width) | (block * WIDTH >= inputs):
         return
     across = first + tl.arange(0, DEPTH)
-    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    columns = block * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((DEPTH, WIDTH), tl.float32)
     for at in range(start, stop, ROWS):
         rows = at + tl.arange(0, ROWS)
@@ -130,8 +191,7 @@ def correlate(
             other=0.0,
         )
         total = tl.dot(tl.trans(narrow), wide, total, input_precision="ieee")
-    target = anchor + tl.load(places + adapter) * 16
-    if BY_ROW:
+    if OF_A:
         at_ = across[:, None] * inputs + columns[None, :]
         mask = (across < width)[:, None] & (columns < inputs)[None, :]
     else:
@@ -139,25 +199,33 @@ def correlate(
         at_ = columns[:, None] * rank + across[None, :]
         mask = (columns < inputs)[:, None] & (across < width)[None, :]
     if slot < 0:
+        target = anchor + place * 16
         total += tl.load(target + at_, mask=mask, other=0.0)
         tl.store(target + at_, total, mask=mask)
     else:
-        tl.store(partial + slot.to(tl.int64) * room + at_, total, mask=mask)
+        target = partial + slot.to(tl.int64) * room + (place - group) * 16
+        tl.store(target + at_, total, mask=mask)
 
 
-@triton.jit
-def fold(partial, anchor, places, spans, ranks, size, room, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """gradient += the partial sums of an adapter's chunks, one after the other. `size`: I * members."""
+@triton.jit(do_not_specialize=["adapters"])
+def fold(
+    partial, anchor, places, adapters, spans, ranks, last_width, room,
+    MEMBERS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gradient += the partial sums of an adapter's chunks, one after the other, for all matrices of a group:
+    from the first A to the end of the last B, which has `last_width` rows."""
     span = tl.program_id(1)
     adapter, first, stop = (
         tl.load(spans + 3 * span),
         tl.load(spans + 3 * span + 1),
         tl.load(spans + 3 * span + 2),
     )
-    elements = tl.load(ranks + adapter) * STEP * size
+    group = tl.load(places + adapter)
+    last = tl.load(places + MEMBERS * adapters + adapter)
+    elements = (last - group) * 16 + tl.load(ranks + adapter) * STEP * last_width
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(0) * BLOCK < elements:
-        target = anchor + tl.load(places + adapter) * 16 + at
+        target = anchor + group * 16 + at
         total = tl.load(target, mask=at < elements, other=0.0)
         parts = partial + first.to(tl.int64) * room + at
         for _ in range(first, stop):

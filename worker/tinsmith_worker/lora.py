@@ -17,7 +17,7 @@ import shutil
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -128,24 +128,19 @@ class Packed:
         self._shrunk: dict[int, torch.Tensor] = {}
 
     def forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
-        u_TX = self._rows.shrink_into(None, x_TI, group, A=True)
-        ys = []
-        for number, member in enumerate(group.members):
-            y_TO = self._rows.expand(u_TX, member.out_features, group, member=number, bias=member.bias)
-            ys.append(y_TO.addmm_(x_TI, member.weight.T))
+        u_TX = self._rows.shrink(x_TI, group)
+        ys = self._rows.expand(u_TX, group)
+        for y_TO, member in zip(ys, group.members, strict=True):
+            y_TO.addmm_(x_TI, member.weight.T)
         if self._train:
             self._shrunk[group.number] = u_TX
         return ys
 
     def backward(self, group: "Group", x_TI: torch.Tensor, dys_TO: Sequence[torch.Tensor]) -> torch.Tensor:
         u_TX = self._shrunk.pop(group.number)
-        du_TX: torch.Tensor | None = None
-        for number, dy_TO in enumerate(dys_TO):
-            du_TX = self._rows.shrink_into(du_TX, dy_TO, group, A=False, member=number)
-            self._rows.correlate(u_TX, dy_TO, group, member=number)
-        assert du_TX is not None
-        self._rows.correlate(du_TX, x_TI, group, member=None)
-        dx_TI = self._rows.expand(du_TX, group.inputs, group, member=None)
+        du_TX = self._rows.shrink_back(dys_TO, group)
+        self._rows.correlate(u_TX, dys_TO, du_TX, x_TI, group)
+        dx_TI = self._rows.expand_back(du_TX, group)
         for member, dy_TO in zip(group.members, dys_TO, strict=True):
             dx_TI.addmm_(dy_TO, member.weight)
         return dx_TI
@@ -169,6 +164,7 @@ class Rows:
         self._ranks = to_device(ranks // np.int32(self._step), device)
         self._scales = to_device(np.array([a.scale for a in adapters], np.float32), device)
         self._places = to_device(_places(adapters, [a.compute for a in adapters]), device)
+        self._adapters = self._places.shape[2]
         cut = tiles(segments, number, rows)
         self._tile_count = len(cut)
         self._tiles = to_device(cut, device)
@@ -178,70 +174,112 @@ class Rows:
             gradients = [a.gradient for a in adapters if a.gradient is not None]
             assert len(gradients) == len(adapters)
             self._gradient_anchor = gradients[0]
-            self._gradient_places = to_device(_places(adapters, gradients), device)
+            places = _places(adapters, gradients)
+            self._gradient_places = to_device(places, device)
+            # How much the matrices of a group take of an adapter's buffer, but for the last B.
+            self._apart = (places[:, 1:, : len(adapters)] - places[:, :1, : len(adapters)]) * ALIGNMENT
+            self._host_ranks = ranks
             parts, spans = chunks(segments, number)
             self._chunk_count, self._span_count = len(parts), len(spans)
             self._partials = int(parts[:, 3].max()) + 1
             self._chunks = to_device(parts, device)
             self._spans = to_device(spans, device) if len(spans) else None
 
-    def shrink_into(
-        self, u_TX: torch.Tensor | None, x_TI: torch.Tensor, group: "Group", *, A: bool, member: int = 0
+    def shrink(self, x_TI: torch.Tensor, group: "Group") -> torch.Tensor:
+        """x Aᵀ of all members, scaled: [T, M * R], the ranks of an adapter side by side."""
+        return self._shrink([x_TI], group, len(group.members), of_a=True)
+
+    def shrink_back(self, dys_TO: Sequence[torch.Tensor], group: "Group") -> torch.Tensor:
+        """dy B of every member, scaled: [T, M * R]."""
+        return self._shrink(dys_TO, group, 1, of_a=False)
+
+    def _shrink(
+        self, xs: Sequence[torch.Tensor], group: "Group", at_once: int, *, of_a: bool
     ) -> torch.Tensor:
-        """x Aᵀ of all members, or dy B of one, scaled: [T, M * R], the ranks of an adapter side by side."""
-        members = len(group.members) if A else 1
-        if u_TX is None:
-            u_TX = x_TI.new_empty(self._rows, len(group.members) * self._most)
-        width = _block(members * self._most)
-        self._kernels.shrink[(self._tile_count, -(-members * self._most // width))](
-            x_TI, u_TX, self._anchor, self._places[group.number, 0 if A else 1 + member], self._tiles,
-            self._ranks, self._scales, x_TI.shape[1], u_TX.shape[1], member, members,
-            STEP=self._step, BY_ROW=A, ROWS=TILE_ROWS, WIDTH=width, DEPTH=128 if width <= 64 else 64,
-            num_warps=4, num_stages=4 if width <= 64 else 5,
+        members, most = len(group.members), at_once * self._most
+        u_TX = xs[0].new_empty(self._rows, members * self._most)
+        width = _block(most)
+        self._kernels.shrink[(self._tile_count, -(-most // width), members // at_once)](
+            *_three(xs), u_TX, self._anchor, self._places[group.number], self._adapters, self._tiles,
+            self._ranks, self._scales, *_three([x.shape[1] for x in xs]), u_TX.shape[1],
+            OF_A=of_a, MEMBERS=members, STEP=self._step, ROWS=TILE_ROWS, WIDTH=width,
+            DEPTH=128 if width <= 64 else 64, num_warps=4, num_stages=4 if width <= 64 else 5,
         )  # fmt: skip
         return u_TX
 
-    def expand(
-        self, u_TX: torch.Tensor, outputs: int, group: "Group", *, member: int | None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """[T, O] u Bᵀ (+ bias) of one member, or [T, I] du A of all (member None)."""
-        y_TO = u_TX.new_empty(self._rows, outputs)
-        by_row, members = member is not None, 1 if member is not None else len(group.members)
-        self._kernels.expand[(-(-outputs // 128), self._tile_count)](
-            u_TX, y_TO, y_TO if bias is None else bias, self._anchor,
-            self._places[group.number, 0 if member is None else 1 + member], self._tiles, self._ranks,
-            outputs, u_TX.shape[1], member or 0, members,
-            STEP=self._step, BY_ROW=by_row, HAS_BIAS=bias is not None,
-            ROWS=TILE_ROWS, WIDTH=128, DEPTH=min(64, _block(members * self._most)),
+    def expand(self, u_TX: torch.Tensor, group: "Group") -> list[torch.Tensor]:
+        """[T, O] u Bᵀ (+ bias) of every member."""
+        outputs = [member.out_features for member in group.members]
+        return self._expand(u_TX, outputs, [member.bias for member in group.members], group, of_a=False)
+
+    def expand_back(self, du_TX: torch.Tensor, group: "Group") -> torch.Tensor:
+        """[T, I] du A of all members."""
+        return self._expand(du_TX, [group.inputs], [None], group, of_a=True)[0]
+
+    def _expand(
+        self,
+        u_TX: torch.Tensor,
+        outputs: Sequence[int],
+        biases: Sequence[torch.Tensor | None],
+        group: "Group",
+        *,
+        of_a: bool,
+    ) -> list[torch.Tensor]:
+        ys, members = [u_TX.new_empty(self._rows, width) for width in outputs], len(group.members)
+        has_bias = [bias is not None for bias in biases] + [False] * (MOST_MEMBERS - len(biases))
+        self._kernels.expand[(-(-max(outputs) // 128), self._tile_count, len(outputs))](
+            u_TX, *_three(ys), *_three([u_TX if bias is None else bias for bias in biases]), self._anchor,
+            self._places[group.number], self._adapters, self._tiles, self._ranks, *_three(outputs),
+            u_TX.shape[1], OF_A=of_a, MEMBERS=members,
+            BIAS0=has_bias[0], BIAS1=has_bias[1], BIAS2=has_bias[2], STEP=self._step,
+            ROWS=TILE_ROWS, WIDTH=128, DEPTH=min(64, _block((members if of_a else 1) * self._most)),
             num_warps=4, num_stages=2,
         )  # fmt: skip
-        return y_TO
+        return ys
 
     def correlate(
-        self, narrow_TX: torch.Tensor, wide_TI: torch.Tensor, group: "Group", *, member: int | None
+        self,
+        u_TX: torch.Tensor,
+        dys_TO: Sequence[torch.Tensor],
+        du_TX: torch.Tensor,
+        x_TI: torch.Tensor,
+        group: "Group",
     ) -> None:
-        """gradient of one member's B += dyᵀ u, or of all members' As += duᵀ x (member None)."""
-        by_row, members = member is None, len(group.members) if member is None else 1
-        inputs = wide_TI.shape[1]
-        places = self._gradient_places[group.number, 0 if member is None else 1 + member]
-        room = members * self._most * inputs
-        partial = self._gradient_anchor
-        if self._partials:
-            partial = torch.empty(self._partials * room, dtype=torch.float32, device=wide_TI.device)
-        depth = _block(members * self._most)
-        width = 64 if depth == 128 else 128
-        self._kernels.correlate[(-(-inputs // width), self._chunk_count, -(-members * self._most // depth))](
-            narrow_TX, wide_TI, self._gradient_anchor, partial, places, self._chunks, self._ranks,
-            inputs, narrow_TX.shape[1], member or 0, members, room,
-            STEP=self._step, BY_ROW=by_row, ROWS=64, WIDTH=width, DEPTH=depth,
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
+        """gradients of every member's B += dyᵀ u, and of all As += duᵀ x."""
+        members, last_width = len(group.members), dys_TO[-1].shape[1]
+        places, partial, room = self._gradient_places[group.number], self._gradient_anchor, 0
+        if self._spans is not None:
+            sizes = self._apart[group.number, members - 1] + last_width * self._host_ranks
+            room = int(sizes.max())
+            filled = self._host_ranks * (members * group.inputs + sum(dy.shape[1] for dy in dys_TO))
+            # What lies between two matrices stays zero.
+            make = torch.empty if (sizes == filled).all() else torch.zeros
+            partial = make(self._partials * room, dtype=torch.float32, device=x_TI.device)
+        for narrow_TX, wides, at_once in ((u_TX, dys_TO, 1), (du_TX, [x_TI], members)):
+            widths, most = [wide.shape[1] for wide in wides], at_once * self._most
+            depth = _block(most)
+            width = 64 if depth == 128 else 128
+            grid = -(-max(widths) // width), self._chunk_count, -(-most // depth) * len(wides)
+            self._kernels.correlate[grid](
+                narrow_TX, *_three(wides), self._gradient_anchor, partial, places, self._adapters,
+                self._chunks, self._ranks, *_three(widths), narrow_TX.shape[1], room,
+                OF_A=wides is not dys_TO, MEMBERS=members, STEP=self._step, ROWS=64, WIDTH=width, DEPTH=depth,
+                num_warps=4, num_stages=3,
+            )  # fmt: skip
         if self._spans is not None:
             self._kernels.fold[(-(-room // 1024), self._span_count)](
-                partial, self._gradient_anchor, places, self._spans, self._ranks, members * inputs, room,
-                STEP=self._step, BLOCK=1024,
+                partial, self._gradient_anchor, places, self._adapters, self._spans, self._ranks, last_width,
+                room, MEMBERS=members, STEP=self._step, BLOCK=1024,
             )  # fmt: skip
+
+
+V = TypeVar("V")
+
+
+def _three(of_members: Sequence[V]) -> tuple[V, V, V]:
+    """One for each member a kernel can have; what is missing it does not look at."""
+    first, second, third = (*of_members, *[of_members[0]] * (MOST_MEMBERS - len(of_members)))
+    return first, second, third
 
 
 def _block(width: int) -> int:
@@ -250,11 +288,13 @@ def _block(width: int) -> int:
 
 
 def _places(adapters: Sequence[Adapter], buffers: Sequence[torch.Tensor]) -> np.ndarray:
-    """[groups, 1 + MOST_MEMBERS, G]: how far from the first of `buffers` every matrix lies, in ALIGNMENTs."""
+    """[groups, 1 + MOST_MEMBERS, G]: how far from the first of `buffers` every matrix lies, in ALIGNMENTs.
+    G is even: a group's are aligned then, whichever it is, and one kernel serves all."""
     unit = ALIGNMENT * buffers[0].element_size()
     apart = [buffer.data_ptr() - buffers[0].data_ptr() for buffer in buffers]
     assert not any(bytes_ % unit for bytes_ in apart), apart
-    return np.stack([a.places + bytes_ // unit for a, bytes_ in zip(adapters, apart, strict=True)], -1)
+    found = [a.places + bytes_ // unit for a, bytes_ in zip(adapters, apart, strict=True)]
+    return np.stack(found + found[:1] * (len(found) % 2), -1)
 
 
 def tiles(

@@ -307,8 +307,8 @@ class Base:
         found = self.head.logits(hidden_TD.detach(), None)
         wanted = torch.cat(expected)
         error = float((found - wanted).norm() / wanted.norm())
-        # Depth multiplies what rounding starts, more so where it may choose another expert; a wrong position or
-        # mask is off by about 100 %.
+        # Depth multiplies what rounding starts, more so where it may choose another expert; a wrong position
+        # or mask is off by about 100 %.
         rounding = 0.5 if any(site.experts for site in self.sites) else 0.25
         if not error < (1e-3 if self.dtype == torch.float32 else rounding):
             raise InvalidInput(

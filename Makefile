@@ -3,14 +3,14 @@
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
 # make test-versions, compatibility, fuzz: other SDKs and clients; see below
-# make bench-train, bench-sample, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
+# make bench-train, bench-service, bench-sample, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
 .PHONY: install demo cookbook test test-versions fuzz compatibility lint
-.PHONY: bench-train bench-sample bench-control bench-load bench-abuse chaos proto gpu-check base
+.PHONY: bench-train bench-service bench-sample bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -89,6 +89,10 @@ bench-train: install
 # installed: PYTHONPATH=client:api:worker python3 tests/benchmarks/sample.py
 bench-sample: install
 	.venv/bin/python tests/benchmarks/sample.py $(ARGS)
+
+# Training through the service, beside the engine alone (ARGS="--cases one --steps 20").
+bench-service: install
+	.venv/bin/python -m tests.benchmarks.service $(ARGS)
 
 # The control plane alone: a service with an engine that computes nothing.
 bench-control: install

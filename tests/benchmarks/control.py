@@ -56,7 +56,7 @@ class Place:
 
 
 @contextmanager
-def service(tenants: int, *options: str) -> Iterator[Place]:
+def service(tenants: int, *options: str, patience_seconds: float = 30.0) -> Iterator[Place]:
     """With as many tenants' keys. `options` of `tinsmith serve`; without any, its engine computes nothing."""
     from tinsmith_api.journal import identities
     from tinsmith_api.journal.store import Store
@@ -71,7 +71,7 @@ def service(tenants: int, *options: str) -> Iterator[Place]:
         with log.open("w") as out:
             child = subprocess.Popen([*serve, "--data-dir", folder], stdout=out, stderr=out)
         try:
-            _wait_until_ready(child, f"http://127.0.0.1:{port}/api/v1/healthz", log)
+            _wait_until_ready(child, f"http://127.0.0.1:{port}/api/v1/healthz", log, patience_seconds)
             journal = Store(f"sqlite:///{folder}/journal.db")
             names = [f"tenant-{i}" for i in range(tenants)]
             keys = [journal.write(lambda c, n=name: identities.create_key(c, n)).result() for name in names]
@@ -82,8 +82,8 @@ def service(tenants: int, *options: str) -> Iterator[Place]:
             child.wait()
 
 
-def _wait_until_ready(child: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
-    for _ in range(300):
+def _wait_until_ready(child: "subprocess.Popen[bytes]", address: str, log: Path, seconds: float) -> None:
+    for _ in range(int(10 * seconds)):
         if child.poll() is not None:
             break
         try:

@@ -37,7 +37,8 @@ class Activations:
             return Keeping(0, self.layers if self.always_lean else 0)
         recomputed = _at_least(self.layers - room / leanest, self.layers)
         if recomputed or self.always_lean:
-            return Keeping(recomputed, self.layers - recomputed)
+            leans = self.always_lean or self.lean_bytes > 0
+            return Keeping(recomputed, self.layers - recomputed if leans else 0)
         saved = self.whole_bytes - leanest
         beyond = self.layers * self.whole_bytes - room
         return Keeping(0, _at_least(beyond / saved, self.layers) if saved > 0 else 0)

@@ -459,7 +459,7 @@ def profile_8b(seconds: float) -> Rows:
 # By the beginning of a kernel's name; the first that fits.
 KINDS = {
     "adapters": ("shrink", "expand", "correlate", "fold"), "head": ("log_sums", "logit_slopes"), "AdamW": ("adamw",),
-    "layers, compiled": ("triton_",), "attention": ("flash", "fmha", "cudnn", "void pytorch_flash"),
+    "layers, compiled": ("triton_",), "attention": ("flash", "fmha", "cudnn", "void cudnn", "void pytorch_flash"),
     "products of the base": ("nvjet", "sm90_", "cutlass", "void cutlass", "gemm", "ampere", "void splitk", "void cublas"),
     "copies": ("memcpy", "memset"),
 }  # fmt: skip

@@ -74,7 +74,7 @@ def test_a_run_with_work_under_way_is_not_let_go_of(house: House) -> None:
     house.run("a")
     house.go.clear()  # type: ignore[attr-defined]
     waiting = house.train("a", 1, 1, 2)
-    until(lambda: len(house.engine.passes) == 1)
+    until(lambda: house.worker is not None and house.worker.under_way.holds("a"))
     assert house.worker is not None
     assert not house.worker._is_idle(house.worker.held["a"])
     house.go.set()  # type: ignore[attr-defined]

@@ -169,6 +169,10 @@ class Base:
             self._current.now = None
 
     @property
+    def has_experts(self) -> bool:
+        return any(site.experts for site in self.sites)
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text unless a request says otherwise: its generation config names them."""
         given = self._model.generation_config.eos_token_id
@@ -309,7 +313,7 @@ class Base:
         error = float((found - wanted).norm() / wanted.norm())
         # Depth multiplies what rounding starts, more so where it may choose another expert; a wrong position
         # or mask is off by about 100 %.
-        rounding = 0.5 if any(site.experts for site in self.sites) else 0.25
+        rounding = 0.5 if self.has_experts else 0.25
         if not error < (1e-3 if self.dtype == torch.float32 else rounding):
             raise InvalidInput(
                 f"{architecture} cannot be served: packed, its logits differ by {error:.1%} from its own; "
@@ -323,7 +327,7 @@ class Base:
                 f"{architecture} cannot be trained: its gradients do not come through or are not finite"
             )
         # What an expert is given differs from pass to pass, in ways that a compiled layer does not know.
-        return attention.in_one_call and self.kernels and not any(site.experts for site in self.sites)
+        return attention.in_one_call and self.kernels and not self.has_experts
 
 
 _PROBE_LENGTHS = [40, 24]

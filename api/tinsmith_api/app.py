@@ -21,6 +21,7 @@ from tinsmith_api.routes import (
     accounts,
     futures,
     losses,
+    openai,
     records,
     sampling,
     sessions,
@@ -29,6 +30,7 @@ from tinsmith_api.routes import (
     training,
     weights,
 )
+from tinsmith_api.routes.openai_samples import SampleFailed
 from tinsmith_api.service import Service
 
 log = logging.getLogger("tinsmith")
@@ -43,6 +45,7 @@ _STATUS: dict[type[Exception], int] = {
     TooLarge: 413,
     UnsupportedEncoding: 415,
     TooMany: 429,
+    SampleFailed: 500,
     # The base model is still loading. Clients repeat the call.
     TimeoutError: 503,
     Unavailable: 503,
@@ -73,6 +76,7 @@ def make_app(service: Service) -> FastAPI:
         tokenizers,
         sessions,
         accounts,
+        openai,
     ):
         app.router.routes.extend(room.router.routes)
     for route in app.routes:
@@ -153,31 +157,39 @@ def _describe(route: APIRoute) -> None:
         statuses |= {403, 404}
     if route.dependant.query_params:
         statuses |= {404, 422}
+    error = openai.ERROR if route in openai.router.routes else _ERROR
     for status in sorted(statuses):
-        route.responses.setdefault(status, {"description": _SENTENCES[status], **_ERROR})
+        route.responses.setdefault(status, {"description": _SENTENCES[status], **error})
 
 
 def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def answer(_: Request, error: Exception) -> Response:
-        answer = reply({"detail": str(error) or "not ready yet: try again"}, status)
+    async def answer(request: Request, error: Exception) -> Response:
+        answer = _say(str(error) or "not ready yet: try again", status, request, error)
         answer.headers.update(getattr(error, "headers", {}))
         return answer
 
     return answer
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+def _say(said: str, status: int, request: Request, error: Exception) -> Response:
+    if request.url.path.startswith(f"{openai.router.prefix}/"):
+        return reply(openai.error_body(error, status, said), status)
+    return reply({"detail": said}, status)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return reply({"detail": f"{where}: {first['msg']}"}, 422)
+    return _say(f"{where}: {first['msg']}", 422, request, error)
 
 
-async def _cannot_be_stored(_: Request, error: Exception) -> Response:
+async def _cannot_be_stored(request: Request, error: Exception) -> Response:
     log.info("refused what the database cannot store: %s", error)
-    return reply({"detail": "a text of this request cannot be stored: does it hold a NUL character?"}, 400)
+    said = "a text of this request cannot be stored: does it hold a NUL character?"
+    return _say(said, 400, request, error)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return reply({"detail": "an error of the service, not of your request; it is in its log"}, 500)
+    return _say("an error of the service, not of your request; it is in its log", 500, request, error)

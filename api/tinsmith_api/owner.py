@@ -192,13 +192,19 @@ async def service_of(request: Request) -> Service:
 
 async def owner_of(request: Request) -> Owner:
     service: Service = request.app.state.service
-    credential = request.headers.get("x-api-key", "")
+    credential = request.headers.get("x-api-key", "") or _bearer(request)
     if not credential:
-        raise AuthenticationError("send your key in the header X-API-Key")
+        raise AuthenticationError("send your key in the header X-API-Key, or as Authorization: Bearer KEY")
     caller = await _caller_of(service, credential)
     # The route, not the path: that ends as its caller likes.
     await service.check_rate(caller, request.scope["route"].path)
     return Owner(service, caller, credential)
+
+
+def _bearer(request: Request) -> str:
+    """How OpenAI's clients send a key."""
+    scheme, _, credential = request.headers.get("authorization", "").partition(" ")
+    return credential.strip() if scheme.lower() == "bearer" else ""
 
 
 async def changing_owner_of(request: Request) -> Owner:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 
 from tinsmith.errors import InvalidInput
+from tinsmith.tokenizer import Tokenizer
 from tinsmith_api.embedded import Workers
 from tinsmith_api.house import PERIODS, House
 from tinsmith_api.journal import leases, metrics
@@ -122,6 +123,9 @@ class Service:
         self.callers: Memory[Caller] = Memory(seconds=10)
         self.owned: Memory[Any] = Memory(seconds=10)
         self.tokenizers: Memory[bytes] = Memory(seconds=600, size=8)
+        self.open_tokenizers: Memory[Tokenizer] = Memory(seconds=3600, size=8)
+        self.samplers: Memory[str] = Memory(seconds=86400)  # of callers that open none themselves
+        self.opening_sampler = asyncio.Lock()
         self._pools: Memory[dict[str, Pool]] = Memory(seconds=1)
         self._workers_changed = asyncio.Event()
         self.limits = Limits(settings, self.read, self._open_calls())

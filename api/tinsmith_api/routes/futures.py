@@ -14,7 +14,7 @@ from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api.bodies import Body, off_loop, parse, read_body, reply, takes
 from tinsmith_api.journal import metrics
 from tinsmith_api.journal import operations as ops
-from tinsmith_api.journal.operations import Outcome
+from tinsmith_api.journal.operations import Operation, Outcome
 from tinsmith_api.owner import Gone, Mine, MineToChange, Owner
 
 router = APIRouter(prefix="/api/v1")
@@ -44,7 +44,7 @@ async def retrieve_future(mine: Mine, request: Request) -> Response:
     """The result, as soon as there is one; 408 to ask again, after having waited."""
     body = parse(RetrieveFuture, await read_body(request, mine.service.settings.max_body_bytes))
     at_most_bytes = _METADATA_BYTES if body.allow_metadata_only else ops.ANY_SIZE
-    outcome = await _outcome(mine, body.request_id, at_most_bytes)
+    outcome = await outcome_of(mine, body.request_id, at_most_bytes)
     if outcome.state == ops.QUEUED:
         return reply(await _try_again(mine, body.request_id, outcome), 408)
     if outcome.error is None and (outcome.size_bytes or 0) > at_most_bytes:
@@ -129,9 +129,13 @@ async def cancel_future(mine: MineToChange, request: Request) -> Response:
         raise InvalidInput(
             f"{operation.kind} cannot be cancelled: only samples can, the calls of a run are its history"
         )
-    if await mine.service.write(lambda c: ops.cancel(c, operation)):
-        mine.service.cancelled(operation)
+    await cancel(mine, operation)
     return Response(status_code=204)
+
+
+async def cancel(mine: Owner, sample: Operation) -> None:
+    if await mine.service.write(lambda c: ops.cancel(c, sample)):
+        mine.service.cancelled(sample)
 
 
 async def _try_again(mine: Owner, request_id: str, outcome: Outcome) -> dict[str, str]:
@@ -143,7 +147,7 @@ async def _try_again(mine: Owner, request_id: str, outcome: Outcome) -> dict[str
     return {**answer, "queue_state": "paused_capacity", "queue_state_reason": reason}
 
 
-async def _outcome(mine: Owner, request_id: str, at_most_bytes: int) -> Outcome:
+async def outcome_of(mine: Owner, request_id: str, at_most_bytes: int) -> Outcome:
     """The outcome, waited for at most `poll_seconds`."""
     wakeups = mine.service.wakeups
     loop = asyncio.get_running_loop()

@@ -145,7 +145,7 @@ async def _sample(mine: Owner, body: Sample, size: int) -> Json:
     facts = await mine.service.facts(sampler.base_model)
     request_id = uuid.uuid4().hex
     sequence_ids = [f"{request_id}-{i}" for i in range(body.num_samples)]
-    task = await mine.in_turn(size, lambda: _task(body, facts))
+    task = await mine.in_turn(size, lambda: task_of(body, facts))
     task.object_prefix = await _weights(mine, sampler)
     task.sequence_ids.extend(sequence_ids)
     operation = Operation(
@@ -169,7 +169,7 @@ async def _weights(mine: Owner, sampler: Any) -> str:
     return str((await mine.checkpoint(sampler.model_path)).object_prefix)
 
 
-def _task(body: Sample, facts: Facts) -> pb.SampleTask:
+def task_of(body: Sample, facts: Facts) -> pb.SampleTask:
     prompt = json_form.read_tokens(body.prompt.chunks)
     _check_prompt(prompt, facts)
     params = body.sampling_params

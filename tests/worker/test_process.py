@@ -35,9 +35,9 @@ class CountingEngine(NullEngine):
 
     `device_seconds`: answers, errors among them, come so long after everything was begun."""
 
-    def __init__(self, device_seconds: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device_seconds = device_seconds
+        self.device_seconds = 0.0
         self.gradients: dict[str, float] = {}
         self.passes: list[list[str]] = []
 
@@ -143,7 +143,8 @@ class House:
         threading.Thread(
             target=lambda: [None for _ in iter(lambda: _received(ours), b"")], daemon=True
         ).start()
-        self.engine = CountingEngine(self.device_seconds)
+        self.engine = CountingEngine()
+        self.engine.device_seconds = self.device_seconds
         self.journal.write(lambda c: leases.register_worker(c, name, "m", {})).result()
         self.worker = Worker(
             worker_id=name,

@@ -9,8 +9,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
+<<<<<<< HEAD
 .PHONY: install demo cookbook test test-versions fuzz compatibility lint
 .PHONY: bench-train bench-service bench-sample bench-control bench-load bench-abuse chaos proto gpu-check base
+=======
+.PHONY: install demo cookbook test test-versions test-cookbook fuzz compatibility lint
+.PHONY: bench-train bench-sample bench-control bench-load bench-abuse chaos proto gpu-check base
+>>>>>>> c5bf96d (The official cookbook's chat_sl and math_rl, as they are and offline (make test-cookbook): not yet run to its end)
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -65,6 +70,10 @@ test: install lint
 # $TINSMITH_TEST_CACHE or ~/.cache/tinsmith (2 GB); a version is a line of tests/versions/environments.py.
 test-versions: install
 	.venv/bin/python -m pytest tests/versions/matrix.py $(ARGS)
+
+# The official cookbook as it is: supervised training and reinforcement learning, offline.
+test-cookbook: install
+	.venv/bin/python -m pytest tests/versions/cookbook.py $(ARGS)
 
 # 5,000 examples of what the OpenAPI document allows.
 fuzz: install

@@ -90,7 +90,7 @@ async def external_weights_urls(mine: Mine, run_id: str, kind: str, name: str, r
     return reply({"urls": urls, "expires": expires.isoformat()})
 
 
-@router.get(_ONE + "/archive", status_code=302)
+@router.get(_ONE + "/archive", status_code=302, response_class=Response)
 async def archive(mine: Mine, run_id: str, kind: str, name: str, request: Request) -> Response:
     """For older clients: a tar of the adapter. 302 to where it lies, 503 while it is being made."""
     path = checkpoints.path_of(run_id, kind, name)

@@ -56,6 +56,8 @@ def serve_api(settings: Settings) -> None:
 
 def _server(service: Service) -> uvicorn.Server:
     metrics.serve(service.settings.metrics_port)
+    # A thread that reads a large body gives way to the event loop after so long, not after 5 ms each time.
+    sys.setswitchinterval(0.0005)
     # uvicorn handles these two itself and raises them once more at its end, when all is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

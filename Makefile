@@ -3,19 +3,15 @@
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
 # make test-versions, compatibility, fuzz: other SDKs and clients; see below
-# make bench-train, bench-service, bench-sample, bench-control, bench-load, bench-abuse, chaos, proto, lint, gpu-check, base: see below
+# make bench-train, bench-service, bench-sample, bench-scale, bench-control, bench-load, bench-abuse, chaos, proto, lint,
+# gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-<<<<<<< HEAD
-.PHONY: install demo cookbook test test-versions fuzz compatibility lint
-.PHONY: bench-train bench-service bench-sample bench-control bench-load bench-abuse chaos proto gpu-check base
-=======
 .PHONY: install demo cookbook test test-versions test-cookbook fuzz compatibility lint
-.PHONY: bench-train bench-sample bench-control bench-load bench-abuse chaos proto gpu-check base
->>>>>>> c5bf96d (The official cookbook's chat_sl and math_rl, as they are and offline (make test-cookbook): not yet run to its end)
+.PHONY: bench-train bench-service bench-sample bench-scale bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -102,6 +98,10 @@ bench-sample: install
 # Training through the service, beside the engine alone (ARGS="--cases one --steps 20").
 bench-service: install
 	.venv/bin/python -m tests.benchmarks.service $(ARGS)
+
+# One worker on several GPUs against one of them; on any machine a rehearsal of it (ARGS="--tiny").
+bench-scale: install
+	.venv/bin/python tests/benchmarks/scale.py $(ARGS)
 
 # The control plane alone: a service with an engine that computes nothing.
 bench-control: install

@@ -74,6 +74,21 @@ def parser() -> argparse.ArgumentParser:
             default=None,
             help="what is sampled is scored by the trainer's forward, too",
         )
+        command.add_argument(
+            "--nproc", type=int, help="processes of a worker, one a GPU; started by torchrun it is told by it"
+        )
+        command.add_argument(
+            "--parallel",
+            choices=["none", "fsdp2"],
+            help="how they hold the base: none, whole in each (the default), or fsdp2, each a part of it",
+        )
+        command.add_argument(
+            "--offload",
+            action="store_true",
+            default=None,
+            help="with fsdp2: the base's layers stay in host memory, and come to the GPU when they run",
+        )
+        command.add_argument("--quantize", choices=["nf4"], help="keep the base's layers in four bits")
     jobs = commands.add_parser("jobs", help="one of a fleet's processes for background jobs")
     jobs.set_defaults(run=_jobs)
     beat = commands.add_parser("beat", help="a fleet's clock: says when background jobs are due")

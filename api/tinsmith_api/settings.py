@@ -47,6 +47,11 @@ class Settings(BaseSettings):
     deterministic: bool = False
     exact_logprobs: bool = False
     pass_tokens: int = Field(8192, ge=64)
+    # How a worker of several processes, one a GPU, holds its base: whole in each, or each a part of it.
+    parallel: Literal["none", "fsdp2"] = "none"
+    nproc: int = Field(1, ge=1)
+    offload: bool = False  # with fsdp2: the base's layers stay in host memory
+    quantize: Literal["", "nf4"] = ""  # nf4: the base's layers in four bits
     gap_seconds: float = Field(600.0, gt=0)
     snapshot_seconds: float = Field(15.0, ge=0)
     # How long an object store that does not answer is asked, before a save or a load fails.
@@ -179,10 +184,14 @@ def worker_arguments(settings: Settings, base_model: str, path: str) -> list[str
         "slot-bytes": settings.slot_bytes,
         "host-bytes": settings.host_bytes,
         "lease-seconds": settings.lease_seconds,
+        "parallel": settings.parallel,
+        "nproc": settings.nproc,
+        "quantize": settings.quantize,
     }
     arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    if settings.deterministic:
-        arguments.append("--deterministic")
-    if settings.exact_logprobs:
-        arguments.append("--exact-logprobs")
-    return arguments
+    flags = {
+        "--deterministic": settings.deterministic,
+        "--exact-logprobs": settings.exact_logprobs,
+        "--offload": settings.offload,
+    }
+    return [*arguments, *(flag for flag, given in flags.items() if given)]

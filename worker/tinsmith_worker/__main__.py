@@ -21,6 +21,13 @@ from tinsmith_worker.channel import Channel, Line
 from tinsmith_worker.contract import Engine, Sampler
 from tinsmith_worker.intake import Drain
 from tinsmith_worker.null_engine import NullEngine, NullSampler
+from tinsmith_worker.parallel.launch import (
+    Followers,
+    Place,
+    end_with_leader,
+    place_in_environment,
+    start_followers,
+)
 from tinsmith_worker.process import Worker, WorkerSettings
 from tinsmith_worker.tokenizer_files import keep_tokenizer
 
@@ -37,6 +44,9 @@ def main() -> None:
     # Ctrl-C reaches the whole process group; the parent decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN if given.channel is not None else _leave)
     signal.signal(signal.SIGTERM, _leave)
+    place, followers = _place(given)
+    if place is not None and place.rank > 0:
+        _follow(given, place)
     metrics.serve(given.metrics_port)
     worker_id = given.worker_id or f"w-{uuid.uuid4().hex[:12]}"
     # A worker has nothing better to do than to wait for the database: its results must not be lost.
@@ -44,9 +54,9 @@ def main() -> None:
     objects = _open_objects()
     channel = _open_channel(given, worker_id)
     try:
-        engine, sampler = _open_engine(given)
+        engine, sampler = _open_engine(given, place)
     except (OSError, ValueError) as error:
-        sys.exit(f"tinsmith: cannot serve {given.base_model} from {given.path}: {error}")
+        sys.exit(_cannot_serve(given, error))
     engine.facts = replace(engine.facts, tokenizer_files=keep_tokenizer(objects, engine.facts.tokenizer))
     worker = Worker(
         worker_id=worker_id,
@@ -70,6 +80,32 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT) if given.channel is None else (signal.SIGTERM,):
         signal.signal(number, lambda *_: worker.inbox.put(Drain()))
     worker.run()
+    engine.close()
+    if followers is not None:
+        followers.let_go()
+
+
+def _place(given: argparse.Namespace) -> tuple[Place | None, Followers | None]:
+    """Where in a group this process is, and the followers if it had to start them itself."""
+    place = place_in_environment()
+    if place is not None or given.engine == "null" or (given.nproc == 1 and given.parallel == "none"):
+        return place, None
+    return start_followers(given.nproc, [sys.executable, "-m", "tinsmith_worker", *sys.argv[1:]])
+
+
+def _follow(given: argparse.Namespace, place: Place) -> None:
+    """Be a rank that others lead. Signals are the leader's business: this process ends when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_leader()
+    try:
+        _open_engine(given, place)
+    except (OSError, ValueError) as error:
+        sys.exit(_cannot_serve(given, error))
+
+
+def _cannot_serve(given: argparse.Namespace, error: Exception) -> str:
+    return f"tinsmith: cannot serve {given.base_model} from {given.path}: {error}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         default="both",
         help="what it is given to do: a pool may have workers of its own for either",
     )
+    parser.add_argument("--parallel", choices=["none", "fsdp2"], default="none")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--quantize", choices=["", "nf4"], default="")
+    parser.add_argument("--nproc", type=int, default=1, help="processes, one a GPU; torchrun says it itself")
     parser.add_argument("--pass-tokens", type=int, default=WorkerSettings.pass_tokens)
     parser.add_argument("--gap-seconds", type=float, default=WorkerSettings.gap_seconds)
     parser.add_argument("--snapshot-seconds", type=float, default=WorkerSettings.snapshot_seconds)
@@ -151,10 +191,10 @@ def _begin_anew() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "tinsmith_worker", *sys.argv[1:]])
 
 
-def _open_engine(given: argparse.Namespace) -> tuple[Engine, Sampler]:
+def _open_engine(given: argparse.Namespace, place: Place | None) -> tuple[Engine, Sampler]:
     if given.engine == "null":
         return NullEngine(), NullSampler()
-    from tinsmith_worker.open_engine import open_engine
+    from tinsmith_worker.open_engine import Holding, open_engine
 
     return open_engine(
         given.path,
@@ -162,6 +202,8 @@ def _open_engine(given: argparse.Namespace) -> tuple[Engine, Sampler]:
         exact_logprobs=given.exact_logprobs,
         role=given.role,
         pass_tokens=given.pass_tokens,
+        place=place,
+        holding=Holding(given.parallel, given.offload, given.quantize),
     )
 
 

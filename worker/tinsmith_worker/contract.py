@@ -180,6 +180,10 @@ class Engine(Protocol):
         """What such an adapter takes on the device, with gradient and moments."""
         ...
 
+    def close(self) -> None:
+        """End what else runs for it. The last call."""
+        ...
+
     def check(self, given: TrainInput) -> None:
         """InvalidInput for what could break the pass it shares with others. Called on any thread."""
         ...

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from tinsmith.errors import InvalidInput
-from tinsmith.wire.batch import Int32, Int64, TrainInput, TrainOutput
+from tinsmith.wire.batch import Float32, Int32, Int64, TrainInput, TrainOutput
 from tinsmith.wire.loss_graph import LOSS as CUSTOM
 from tinsmith_worker import custom_loss, losses, optim
 from tinsmith_worker.activations import Keeping
@@ -52,7 +52,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Some whole datums of an operation, which go through the model in one pass: `rows` of its arrays."""
 
     operation: int  # its place in the work
@@ -68,11 +68,11 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Pieces side by side in a pass whose losses are computed in one go. `rows` are the stream's; `results`
     [N, K + 1]: logprobs, then the loss of the row. `metric_sums` of a custom loss, by operation."""
 
-    pieces: list[_Piece]
+    pieces: list[Piece]
     segments: list[Segment]  # counted from the block's first row
     rows: slice
     loss: str
@@ -81,8 +81,19 @@ class _Block:
     metric_sums: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Computed:
+    """results: rows [N, K + 1] of every piece, as a block's. metric_sums: of custom losses, parts of them,
+    with their operations."""
+
+    results: list[tuple[Piece, Float32]]
+    metric_sums: list[tuple[int, dict[str, float]]]
+
+
 class TorchEngine:
     """Keeps `contract.Engine`. One thread."""
+
+    _ranks = 1
 
     def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
         self.base = base
@@ -100,16 +111,20 @@ class TorchEngine:
             return
         self.base.compile()
         lengths_S = np.array([256, 200], np.int64)
-        given = _any_input(lengths_S, self.facts.vocab_size)
+        given = _any_input(np.tile(lengths_S, self._ranks), self.facts.vocab_size)
         lean = Keeping(lean_layers=self.base.activations.layers)
         for rank in _USUAL_RANKS:
             self.create("", LoraSpec(rank, 0))
-            for self.base.keeping in (Keeping(), lean):
+            for keeping in (Keeping(), lean):
+                self._keep(keeping)
                 self.forward_backward([Work("", given)])
             self.forward_backward([Work("", replace(given, forward_only=True))])
             self.optim_steps([("", AdamParams())])
             self.drop("")
-        self.base.keeping = None
+        self._keep(None)
+
+    def _keep(self, keeping: Keeping | None) -> None:
+        self.base.keeping = keeping
 
     @property
     def memory_bytes(self) -> int:
@@ -121,6 +136,9 @@ class TorchEngine:
         """float32 weights, gradient and two moments, and the copy the base multiplies with."""
         copy = 0 if self.base.dtype == torch.float32 else self.base.dtype.itemsize
         return adapter_elements(spec, self.base.sites) * (4 * 4 + copy)
+
+    def close(self) -> None:
+        """Nothing else runs for it."""
 
     def check(self, given: TrainInput) -> None:
         if given.custom is not None:
@@ -141,24 +159,16 @@ class TorchEngine:
 
     def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
         """See `contract.Engine`. Nothing in it waits for the device."""
-        pieces = [piece for number, one in enumerate(work) for piece in self._pieces(number, one)]
-        blocks: list[_Block] = []
+        pieces = self._all_pieces(work)
+        blocks: list[Block] = []
         for train in (True, False):
-            for group in self._passes([p for p in pieces if p.given.forward_only is not train]):
+            for group in self._passes(pieces, train=train):
                 blocks += self._run(group, train=train)
-        results = OnTheWay([b.results for b in blocks])
+        results = on_the_way(blocks)
 
         @functools.cache
         def get() -> list[TrainOutput]:
-            found = [np.empty((o.given.tokens, o.given.targets_TK.shape[1] + 1), np.float32) for o in work]
-            for block, of_block in zip(blocks, results.arrays(), strict=True):
-                for piece, segment in zip(block.pieces, block.segments, strict=True):
-                    found[piece.operation][piece.rows] = of_block[segment.start : segment.stop]
-            sums: list[dict[str, float]] = [{} for _ in work]
-            for block in blocks:
-                for operation, own in block.metric_sums.items():
-                    _add(sums[operation], own)
-            return [TrainOutput(f[:, :-1], f[:, -1], own) for f, own in zip(found, sums, strict=True)]
+            return outputs_of(work, computed_of(blocks, results))
 
         return Answer(get, results.wait)
 
@@ -187,9 +197,11 @@ class TorchEngine:
         self._adapters[_SCORED] = adapter
         try:
             # Each by itself, as a call of its own: the head's product of other rows may round otherwise.
-            outputs = self.forward_backward([Work(_SCORED, _scored(text)) for text in texts])
+            work = [Work(_SCORED, _scored(text)) for text in texts]
+            # By this process alone, if it is one of a group: the others do not have the adapter.
+            outputs = TorchEngine.begin_forward_backward(self, work).get()
         finally:
-            self.drop(_SCORED)
+            del self._adapters[_SCORED]
         return [output.logprobs_TK[:, 0] for output in outputs]
 
     def restore(self, run_id: str, state: AdapterState) -> None:
@@ -209,26 +221,32 @@ class TorchEngine:
         if not 1 <= spec.rank <= self.facts.max_rank:
             raise InvalidInput(f"rank must be from 1 to {self.facts.max_rank}, got {spec.rank}")
 
-    def _pieces(self, operation: int, work: Work) -> list[_Piece]:
+    def _all_pieces(self, work: Sequence[Work]) -> list[Piece]:
+        return [piece for number, one in enumerate(work) for piece in self._pieces(number, one)]
+
+    def _pieces(self, operation: int, work: Work) -> list[Piece]:
         """As many datums each as fit into a part of a pass, a longer one alone. Depends on this operation
         only. A part and not the whole, so that passes are filled whatever the lengths."""
         adapter, offsets_S = self._adapters[work.run_id], work.given.offsets_S
         pieces, first, datums = [], 0, len(work.given.lengths_S)
         while first < datums:
-            limit = offsets_S[first] + self._settings.max_tokens_per_pass // _PIECES_PER_PASS
+            limit = offsets_S[first] + self._piece_tokens(work.given.tokens)
             last = max(first + 1, int(np.searchsorted(offsets_S, limit, side="right")) - 1)
             rows = slice(int(offsets_S[first]), int(offsets_S[last]))
             lengths_S = work.given.lengths_S[first:last]
-            pieces.append(_Piece(operation, adapter, work.given, rows, lengths_S, slice(first, last)))
+            pieces.append(Piece(operation, adapter, work.given, rows, lengths_S, slice(first, last)))
             first = last
         return pieces
 
-    def _passes(self, pieces: list[_Piece]) -> list[list[_Piece]]:
-        """Pieces that go through the model together. One adapter's stay in order and side by side."""
-        seen = {id(piece.adapter): number for number, piece in reversed(list(enumerate(pieces)))}
-        passes: list[list[_Piece]] = []
+    def _piece_tokens(self, tokens: int) -> int:
+        """How large the pieces of an operation of so many tokens are."""
+        return self._settings.max_tokens_per_pass // _PIECES_PER_PASS
+
+    def _passes(self, pieces: list[Piece], *, train: bool) -> list[list[Piece]]:
+        """Those pieces that train, or do not, as they go through the model together."""
+        passes: list[list[Piece]] = []
         room = 0
-        for piece in sorted(pieces, key=lambda p: (*_neighbourhood(p.adapter.spec), seen[id(p.adapter)])):
+        for piece in by_adapter([p for p in pieces if p.given.forward_only is not train]):
             if piece.tokens > room:
                 passes.append([])
                 room = self._settings.max_tokens_per_pass
@@ -236,7 +254,7 @@ class TorchEngine:
             room -= piece.tokens
         return passes
 
-    def _run(self, pieces: list[_Piece], *, train: bool) -> list[_Block]:
+    def _run(self, pieces: list[Piece], *, train: bool) -> list[Block]:
         if train:
             for piece in pieces:
                 piece.adapter.open_gradient()
@@ -258,10 +276,10 @@ class TorchEngine:
             piece.adapter.has_gradient = True
         return blocks
 
-    def _blocks(self, pieces: list[_Piece], stream: Stream) -> list[_Block]:
+    def _blocks(self, pieces: list[Piece], stream: Stream) -> list[Block]:
         """Neighbours of one loss and width as one. In deterministic mode every piece by itself: with others
         its rows could fall into other chunks."""
-        runs: list[list[tuple[_Piece, Segment]]] = []
+        runs: list[list[tuple[Piece, Segment]]] = []
         before = None
         for piece, segment in zip(pieces, stream.segments, strict=True):
             kind = piece.given.loss, piece.given.targets_TK.shape[1]
@@ -277,10 +295,10 @@ class TorchEngine:
             results = torch.empty(shape, dtype=torch.float32, device=self.base.device)
             ours = [piece for piece, _ in run]
             lengths_S = np.concatenate([piece.lengths_S for piece in ours])
-            blocks.append(_Block(ours, counted, rows, first.loss, lengths_S, results))
+            blocks.append(Block(ours, counted, rows, first.loss, lengths_S, results))
         return blocks
 
-    def _pack(self, pieces: list[_Piece]) -> Stream:
+    def _pack(self, pieces: list[Piece]) -> Stream:
         lengths_S = np.concatenate([piece.lengths_S for piece in pieces])
         starts_S = np.cumsum(lengths_S) - lengths_S
         tokens = int(lengths_S.sum())
@@ -307,7 +325,7 @@ class TorchEngine:
             tokens = max(tokens, self._settings.max_tokens_per_pass)
         return -(-tokens // LEAST_ROWS) * LEAST_ROWS
 
-    def _score(self, block: _Block, hidden_ND: torch.Tensor) -> None:
+    def _score(self, block: Block, hidden_ND: torch.Tensor) -> None:
         targets_NK, columns = self._inputs(block)
         logprobs_NK = self.base.head.logprobs(hidden_ND, block.segments, targets_NK)
         if block.loss == CUSTOM:
@@ -321,7 +339,7 @@ class TorchEngine:
         block.results[:, -1] = losses.evaluate(block.loss, logprobs_NK, columns)[0]
 
     def _score_and_differentiate(
-        self, block: _Block, hidden_ND: torch.Tensor, gradient_ND: torch.Tensor
+        self, block: Block, hidden_ND: torch.Tensor, gradient_ND: torch.Tensor
     ) -> None:
         head, loss = self.base.head, block.loss
         targets_NK, columns = self._inputs(block)
@@ -344,7 +362,7 @@ class TorchEngine:
 
         head.backward(hidden_ND, block.segments, targets_NK, slope_of, gradient_ND)
 
-    def _custom(self, block: _Block, logprobs_NK: torch.Tensor) -> torch.Tensor:
+    def _custom(self, block: Block, logprobs_NK: torch.Tensor) -> torch.Tensor:
         """dL/dlogprob [N, K] of losses that their clients described; waits for the device."""
         logprobs = logprobs_NK.cpu().numpy()
         losses_N, slopes_NK = np.zeros(len(logprobs), np.float32), np.zeros_like(logprobs)
@@ -364,7 +382,7 @@ class TorchEngine:
         block.results[:, -1] = to_device(losses_N, self.base.device)
         return to_device(slopes_NK, self.base.device)
 
-    def _inputs(self, block: _Block) -> tuple[torch.Tensor, losses.Columns]:
+    def _inputs(self, block: Block) -> tuple[torch.Tensor, losses.Columns]:
         """Targets [N, K] and the loss's columns, on the device in one copy each."""
         given, device = [(piece.given, piece.rows) for piece in block.pieces], self.base.device
         targets = np.concatenate([g.targets_TK[rows] for g, rows in given]).astype(np.int64)
@@ -378,6 +396,37 @@ class TorchEngine:
         columns = [np.stack([g.columns[name][rows] for name in names]) for g, rows in given]
         columns_CN = to_device(np.concatenate(columns, 1), device)
         return targets_NK, dict(zip(names, columns_CN, strict=True))
+
+
+def by_adapter(pieces: list[Piece]) -> list[Piece]:
+    """One adapter's side by side and in order, and near adapters that are like it."""
+    seen = {id(piece.adapter): number for number, piece in reversed(list(enumerate(pieces)))}
+    return sorted(pieces, key=lambda p: (*_neighbourhood(p.adapter.spec), seen[id(p.adapter)]))
+
+
+def on_the_way(blocks: list[Block]) -> OnTheWay:
+    return OnTheWay([block.results for block in blocks])
+
+
+def computed_of(blocks: list[Block], results: OnTheWay) -> Computed:
+    """`results`: theirs, `on_the_way`; this waits for them."""
+    computed = Computed([], [])
+    for block, of_block in zip(blocks, results.arrays(), strict=True):
+        for piece, segment in zip(block.pieces, block.segments, strict=True):
+            computed.results.append((piece, of_block[segment.start : segment.stop]))
+        computed.metric_sums.extend(block.metric_sums.items())
+    return computed
+
+
+def outputs_of(work: Sequence[Work], computed: Computed) -> list[TrainOutput]:
+    """What was computed of all pieces of `work`, operation by operation."""
+    found = [np.empty((o.given.tokens, o.given.targets_TK.shape[1] + 1), np.float32) for o in work]
+    for piece, results in computed.results:
+        found[piece.operation][piece.rows] = results
+    sums: list[dict[str, float]] = [{} for _ in work]
+    for operation, own in computed.metric_sums:
+        _add(sums[operation], own)
+    return [TrainOutput(f[:, :-1], f[:, -1], own) for f, own in zip(found, sums, strict=True)]
 
 
 def _any_input(lengths_S: Int64, vocabulary: int) -> TrainInput:

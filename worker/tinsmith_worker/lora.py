@@ -27,6 +27,7 @@ from torch import library, nn
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, targets
 from tinsmith_worker.copies import to_device
+from tinsmith_worker.four_bit import whole_weight
 from tinsmith_worker.stream import Attention, Segment
 
 log = logging.getLogger("tinsmith.worker")
@@ -72,8 +73,9 @@ class Loop:
         return ys
 
     def backward(self, group: "Group", x_TI: torch.Tensor, dys_TO: Sequence[torch.Tensor]) -> torch.Tensor:
+        weights = [weight_OI for _, weight_OI in group.weights()]
         dx_TI = join(
-            [self._base_backward(group, dys) for dys in zip(*map(self._blocks, dys_TO), strict=True)]
+            [self._base_backward(weights, dys) for dys in zip(*map(self._blocks, dys_TO), strict=True)]
         )
         for (rows, adapter), u_NX in zip(self._parts, self._shrunk.pop(group.number, ()), strict=True):
             A_XI, Bs = adapter.views[group.number]
@@ -92,14 +94,14 @@ class Loop:
 
     def _base_forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
         return [
-            join([F.linear(rows_NI, member.weight, member.bias) for rows_NI in self._blocks(x_TI)])
-            for member in group.members
+            join([F.linear(rows_NI, weight_OI, member.bias) for rows_NI in self._blocks(x_TI)])
+            for member, weight_OI in group.weights()
         ]
 
-    def _base_backward(self, group: "Group", dys_NO: Sequence[torch.Tensor]) -> torch.Tensor:
-        dx_NI = torch.mm(dys_NO[0], group.members[0].weight)
-        for member, dy_NO in zip(group.members[1:], dys_NO[1:], strict=True):
-            dx_NI.addmm_(dy_NO, member.weight)
+    def _base_backward(self, weights: Sequence[torch.Tensor], dys_NO: Sequence[torch.Tensor]) -> torch.Tensor:
+        dx_NI = torch.mm(dys_NO[0], weights[0])
+        for weight_OI, dy_NO in zip(weights[1:], dys_NO[1:], strict=True):
+            dx_NI.addmm_(dy_NO, weight_OI)
         return dx_NI
 
 
@@ -415,7 +417,7 @@ class Group:
         )
         self.bias = torch.cat(biases) if biases else None
         for member, weight in zip(self.members, self.weight.split(widths), strict=True):
-            member.weight = nn.Parameter(weight, requires_grad=False)
+            member._linear[0].weight = nn.Parameter(weight, requires_grad=False)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., I] to [..., O] of every member; outside of a pass the base alone."""
@@ -433,6 +435,10 @@ class Group:
             ys = _Apply.apply(x_TI, self, self.current.now.deltas[self.kind])
         return tuple(y.view(*x.shape[:-1], m.out_features) for y, m in zip(ys, self.members, strict=True))
 
+    def weights(self) -> list[tuple["LoraLinear", torch.Tensor]]:
+        """Every member with its weight [O, I], whole: of a base in four bits it is made for this call."""
+        return [(member, member.weight) for member in self.members]
+
     @property
     def deltas(self) -> Deltas:
         assert self.current.now is not None
@@ -444,11 +450,19 @@ class LoraLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, group: Group, place: int) -> None:
         super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
+        # No child of this module: who shards the base exchanges the weights of the linear that it found.
+        self._linear = (linear,)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.group = group
         self._place = place
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return whole_weight(self._linear[0])
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._linear[0].bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.group

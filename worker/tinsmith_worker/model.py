@@ -24,6 +24,7 @@ from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, Sit
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
 from tinsmith_worker.experts import Mixture, expert_sites, is_mixture, trouble
+from tinsmith_worker.four_bit import is_four_bit, read_four_bit
 from tinsmith_worker.head import Head
 from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, owner_of, register, triton_kernels
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
@@ -75,11 +76,13 @@ class Base:
         )
         self._current = Current()
         self._groups: list[Group] = []
+        # Whether they lie whole where they lie: not those of a base in parts, or in four bits.
+        self.weights_stay = not any(map(is_four_bit, model.modules()))
         self.kernels = self.device.type == "cuda" and triton_kernels() is not None
         self.is_deterministic = False
         self.keeping: Keeping | None = None
         self.kept = Keeping()  # by the last training pass
-        layers = _layers(self._decoder, config)
+        layers = decoder_layers(self._decoder, config)
         self.activations = Activations(len(layers))
         expected = self._probe_alone(architecture)
         together = self._linears_given_the_same(layers)
@@ -93,10 +96,15 @@ class Base:
         self._layers = [_Layer(layer, n, self._current) for n, (_, layer) in enumerate(layers)]
 
     @classmethod
-    def load(cls, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def load(
+        cls, path: str | Path, *, device: torch.device, dtype: torch.dtype, four_bit: bool = False
+    ) -> Self:
         """Read a model folder or a hub id. InvalidInput if its architecture is not supported."""
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return cls(model.to(device=device), tokenizer=str(path))
+        if four_bit:
+            return cls(read_four_bit(path, device=device, dtype=dtype), tokenizer=str(path))
+        # File by file to where it is wanted: the host never holds all of it.
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device})
+        return cls(model, tokenizer=str(path))
 
     def compile(self) -> None:
         """Compile the layers for training passes, at the first one: half a minute, less when cached."""
@@ -106,8 +114,9 @@ class Base:
 
     def join_groups(self) -> None:
         """Lay weights that are multiplied with the same input side by side. For training nothing changes."""
-        for group in self._groups:
-            group.join()
+        if self.weights_stay:
+            for group in self._groups:
+                group.join()
 
     def forward(self, stream: Stream, acting: dict[Kind, Deltas] | None = None) -> torch.Tensor:
         """Hidden states [T, D] after the final norm. With gradients on, `backward` must be the next call.
@@ -141,7 +150,8 @@ class Base:
             self._current.now = None
         else:
             self.kept = now.keeping
-            self.activations.learn(now.keeping, len(stream.tokens_T), self._allocated() - before)
+            if stream.segments:  # else there are too few rows to tell
+                self.activations.learn(now.keeping, len(stream.tokens_T), self._allocated() - before)
         hidden_1TD: torch.Tensor = output.last_hidden_state
         return hidden_1TD.squeeze(0)
 
@@ -378,7 +388,7 @@ def _lean(program: Any, inputs: Any) -> Any:
         return compile_fx(program, inputs)
 
 
-def _layers(decoder: Any, config: Any) -> list[tuple[str, nn.Module]]:
+def decoder_layers(decoder: Any, config: Any) -> list[tuple[str, nn.Module]]:
     """(path within the decoder, module) of every decoder layer."""
     for path, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
@@ -393,7 +403,7 @@ def _refuse_unsupported(model: Any, config: Any, architecture: str) -> None:
         raise InvalidInput(refused + f"its output embedding is a {kind}, not a plain nn.Linear")
     if not model._supports_attention_backend:
         raise InvalidInput(refused + "transformers has no exchangeable attention (AttentionInterface) for it")
-    layers = _layers(model.base_model, config)
+    layers = decoder_layers(model.base_model, config)
     if not any(isinstance(m, nn.Linear) for _, layer in layers for m in layer.modules()):
         raise InvalidInput(refused + "its layers hold no nn.Linear that an adapter could act on")
     for path, layer in layers:
@@ -401,8 +411,10 @@ def _refuse_unsupported(model: Any, config: Any, architecture: str) -> None:
         for mixture in mixtures.values():
             if said := trouble(mixture):
                 raise InvalidInput(refused + said)
+        if mixtures and any(map(is_four_bit, layer.modules())):
+            raise InvalidInput(refused + "in four bits: its experts, most of its weights, would stay whole")
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not is_four_bit(module):
                 raise InvalidInput(
                     refused + f"{path}.{name} is a {type(module).__name__}, not a plain nn.Linear"
                 )

@@ -36,6 +36,8 @@ class NullEngine:
     def size_bytes(self, spec: LoraSpec) -> int:
         return 16
 
+    def close(self) -> None: ...
+
     def check(self, given: TrainInput) -> None:
         pass
 

@@ -1,6 +1,7 @@
 """The torch engine and its sampler on one base model, on the GPU when there is one."""
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,28 +13,65 @@ from tinsmith_worker.contract import Engine, Sampler
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.null_engine import NullSampler
+from tinsmith_worker.parallel.engine import GroupEngine
+from tinsmith_worker.parallel.group import Group
+from tinsmith_worker.parallel.launch import Place
+from tinsmith_worker.parallel.load import read_sharded
+from tinsmith_worker.parallel.shard import ShardedBase
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
 
 BUILT_IN = "tiny"
 
 
+@dataclass(frozen=True)
+class Holding:
+    """How a worker holds its base. parallel: whole on every rank ("none") or each layer cut among them
+    ("fsdp2"), then with `offload` in host memory until it runs. quantize: "nf4" for layers in four bits."""
+
+    parallel: str = "none"
+    offload: bool = False
+    quantize: str = ""
+
+    def check(self) -> None:
+        """ValueError for what does not go together."""
+        if self.quantize and self.parallel == "fsdp2":
+            raise ValueError("a base in four bits cannot be cut: leave out quantize, or take parallel none")
+        if self.offload and self.parallel != "fsdp2":
+            raise ValueError("offload is for a base that is cut: it needs parallel fsdp2 (nproc may be 1)")
+
+
 def open_engine(
-    path: str, *, deterministic: bool, pass_tokens: int, exact_logprobs: bool = False, role: str = "both"
+    path: str,
+    *,
+    deterministic: bool,
+    pass_tokens: int,
+    exact_logprobs: bool = False,
+    role: str = "both",
+    place: Place | None = None,
+    holding: Holding = Holding(),
 ) -> tuple[Engine, Sampler]:
     """`path`: a folder or a hub id; "tiny" is the built-in base, which comes with the package.
-    `exact_logprobs`: what is sampled is scored by the engine."""
+    `exact_logprobs`: what is sampled is scored by the engine. With a `place` as one of a group: this returns
+    in the leader, and ends the process of a follower."""
+    holding.check()
+    if exact_logprobs and holding.parallel == "fsdp2":
+        raise ValueError("exact logprobs are scored by one process: they need parallel none")
     transformers_logging.disable_progress_bar()
-    if path == BUILT_IN:
-        path = str(tiny_base.FOLDER)
-    on_gpu = torch.cuda.is_available()
+    path = str(tiny_base.FOLDER) if path == BUILT_IN else path
     # Activations come in sizes that differ from pass to pass: of fixed segments, fragments would be left.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    base = Base.load(
-        path,
-        device=torch.device("cuda" if on_gpu else "cpu"),
-        dtype=torch.bfloat16 if on_gpu else torch.float32,
-    )
-    engine = TorchEngine(base, EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic))
+    settings = EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic)
+    device = _device(place.local_rank if place else 0)
+    group = Group(place, device) if place else None
+    base = _read(path, holding, group, device)
+    engine = TorchEngine(base, settings)
+    if group is not None:
+        engine = GroupEngine(base, group, settings)
+        if not group.leads:
+            engine.follow()
+            group.close()
+            raise SystemExit
+    on_gpu = device.type == "cuda"
     if on_gpu and (role != "sample" or exact_logprobs):
         engine.warm_up()
     elif base.can_compile:
@@ -41,11 +79,27 @@ def open_engine(
     if role == "train":
         return engine, NullSampler()
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    settings = SamplerSettings()
+    sampling = SamplerSettings()
     if on_gpu and role == "sample":
         # Nothing else wants the memory, but for activations of prompts and what steps are recorded with.
         free = torch.cuda.mem_get_info(base.device)[0]
-        settings = SamplerSettings(max_sequences=512, cache_bytes=free * 7 // 10, adapter_bytes=free // 10)
-    sampler = TorchSampler(base, tokenizer, settings, score=engine.score if exact_logprobs else None)
+        sampling = SamplerSettings(max_sequences=512, cache_bytes=free * 7 // 10, adapter_bytes=free // 10)
+    sampler = TorchSampler(base, tokenizer, sampling, score=engine.score if exact_logprobs else None)
     sampler.warm_up()
     return engine, sampler
+
+
+def _device(number: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number >= (there := torch.cuda.device_count()):
+        raise ValueError(f"a process for every GPU, and no more: this machine has {there} of them")
+    return torch.device("cuda", number)
+
+
+def _read(path: str, holding: Holding, group: Group | None, device: torch.device) -> Base:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if holding.parallel == "fsdp2" and group is not None:
+        model = read_sharded(path, group, dtype=dtype, offload=holding.offload)
+        return ShardedBase(model, group, tokenizer=path)
+    return Base.load(path, device=device, dtype=dtype, four_bit=holding.quantize == "nf4")

@@ -58,7 +58,8 @@ class Runner:
         """Make the cache. RuntimeError where there is no memory for so much."""
         self.cache.open(pages + 1, device=self.base.device, dtype=self.base.dtype)
         # A recorded step has no segments, and a mixture's experts ask whose rows they are given.
-        if self.base.kernels and self.cache.is_uniform and not self.base.has_experts:
+        may_record = not self.base.has_experts and self.base.weights_stay
+        if self.base.kernels and self.cache.is_uniform and may_record:
             self._steps = Steps(self.base, self.cache, self._last_tokens, pages, self._seats)
 
     def enter(self, adapter: Adapter) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from tests.worker import tiny
 from tinsmith_worker import lora
-from tinsmith_worker.contract import LoraSpec, Work
+from tinsmith_worker.contract import AdamParams, LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.stream import Segment
 
@@ -84,7 +84,7 @@ def test_in_deterministic_mode_neighbours_of_a_wide_base_change_no_bit() -> None
     alone = [engine.forward_backward([one])[0].logprobs_TK for one in work]
     single = [engine.state(one.run_id).gradient for one in work]
     for one in work:
-        engine.optim_steps([(one.run_id, tiny.AdamParams(learning_rate=0.0))])
+        engine.optim_steps([(one.run_id, AdamParams(learning_rate=0.0))])
     together = engine.forward_backward(work)
     for one, before, gradient, after in zip(work, alone, single, together, strict=True):
         assert np.array_equal(before, after.logprobs_TK)

@@ -77,6 +77,24 @@ def test_steps_equal_the_formula_in_double_precision(params: MuonParams) -> None
         assert tiny.worst(found, weights[name]) <= 2e-6, name
 
 
+def test_every_expert_s_matrix_is_made_orthogonal_by_itself() -> None:
+    base = tiny.base("qwen3_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+    engine = TorchEngine(base)
+    engine.restore("run", tiny.trained(base, LoraSpec(8, 0)))
+    engine.forward_backward([Work("run", tiny.batch(lengths=(30, 40)))])
+    before = engine.state("run")
+    assert isinstance(tiny.step(engine, "run", MuonParams(1e-2, momentum=0.0)), dict)
+    gradients = tiny.tensors(before, before.gradient)
+    old, new = (tiny.tensors(state, state.weights) for state in (before, engine.state("run")))
+    stacks = [name for name, tensor in old.items() if tensor.ndim == 3 and len(tensor) == 6]
+    assert len(stacks) == 6  # of either layer, the inner side of gate, up and down
+    for name in stacks:
+        rows, columns = old[name].shape[1:]
+        size = 1e-2 * math.sqrt(max(1.0, rows / columns))
+        for step, gradient in zip(old[name] - new[name], gradients[name], strict=True):
+            np.testing.assert_allclose(step, size * closed_form(np.asarray(gradient)), atol=1e-6)
+
+
 def test_it_is_torch_s_muon_up_to_the_rounding_of_bfloat16() -> None:
     base = tiny.base()
     engine = TorchEngine(base)

@@ -1,8 +1,10 @@
 """Muon on an adapter's flat buffers: momentum whose every matrix is made orthogonal before it is applied.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", as torch.optim.Muon has it, but
-in float32 throughout (torch multiplies in bfloat16). Every tensor of an adapter is a matrix, so all of it is
-trained so. Shapes: S matrices of one form side by side, M rows, N columns.
+in float32 throughout (torch multiplies in bfloat16). Every tensor of an adapter is a matrix, or one for each
+expert of a mixture, so all of it is trained so.
+
+Shapes: S matrices of one form side by side, M rows, N columns.
 """
 
 import math
@@ -39,15 +41,20 @@ def apply(adapter: Adapter, gradient: torch.Tensor, params: MuonParams) -> None:
     momentum.lerp_(gradient, 1 - params.momentum)
     update = gradient.lerp_(momentum, params.momentum) if params.nesterov else momentum
     adapter.weights.mul_(1 - params.learning_rate * params.weight_decay)
-    weights, updates = adapter.tensors_of(adapter.weights), adapter.tensors_of(update)
+    weights, updates = _stacks(adapter, adapter.weights), _stacks(adapter, update)
     alike = defaultdict(list)
-    for place, matrix in enumerate(weights):
-        alike[tuple(matrix.shape)].append(place)
+    for place, stack_SMN in enumerate(weights):
+        alike[tuple(stack_SMN.shape[1:])].append(place)
     for (rows, columns), places in alike.items():
-        steps_SMN = orthogonal(torch.stack([updates[place] for place in places]))
+        steps_SMN = orthogonal(torch.cat([updates[place] for place in places]))
         size = params.learning_rate * math.sqrt(max(1.0, rows / columns))
-        for place, step_MN in zip(places, steps_SMN, strict=True):
-            weights[place].sub_(step_MN, alpha=size)
+        for place, own_SMN in zip(places, steps_SMN.split([len(weights[p]) for p in places]), strict=True):
+            weights[place].sub_(own_SMN, alpha=size)
+
+
+def _stacks(adapter: Adapter, flat: torch.Tensor) -> list[torch.Tensor]:
+    """Every tensor as [S, M, N]: experts have a matrix each."""
+    return [tensor.view(-1, *tensor.shape[-2:]) for tensor in adapter.tensors_of(flat)]
 
 
 def orthogonal(matrices_SMN: torch.Tensor) -> torch.Tensor:

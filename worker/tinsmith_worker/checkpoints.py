@@ -60,7 +60,7 @@ def export(state: AdapterState, base_model: str) -> dict[str, bytes]:
     weights: dict[str, Float32] = {}
     for name, offset, shape in state.tensors:
         values = _at(state.weights, offset, shape)
-        if len(shape) == 2:
+        if len(shape) < 3:
             weights[name] = values
             continue
         for number in range(_experts(state)):

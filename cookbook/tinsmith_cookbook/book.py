@@ -4,6 +4,7 @@ cookbook`."""
 import argparse
 import base64
 import contextlib
+import functools
 import html
 import json
 import os
@@ -45,7 +46,12 @@ def run(recipe: Recipe, out: Path, seed: int, base: str, environment: Mapping[st
     started = time.perf_counter()
     with (folder / "log").open("w") as log:
         child = subprocess.Popen(
-            [*command, "--out", str(folder)], env=dict(environment), stdout=log, stderr=log
+            [*command, "--out", str(folder)],
+            env=dict(environment),
+            stdout=log,
+            stderr=log,
+            # Shells start background jobs deaf to it, and children inherit that.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         try:
             status: int | str = child.wait(LIMIT_SECONDS)

@@ -227,7 +227,7 @@ def beside(_: Row) -> Rows:
     taken = []
     for number in range(4):  # other prompts each time: none was read before
         asked = requests(prompts(64, seed=number), [tokens])
-        taken.append(seconds_of(lambda asked=asked: run(asked)))  # type: ignore[misc]
+        taken.append(seconds_of(functools.partial(run, asked)))
     row["sampler"] = {"tokens/s": 64 * tokens / min(taken[1:])}
     row["times generate"] = row["sampler"]["tokens/s"] / row["generate"]["tokens/s"]
     yield {}
@@ -288,7 +288,7 @@ def prefill(_: Row) -> Rows:
     taken = []
     for number in range(4):
         asked = requests(prompts(tokens // PROMPT, seed=number), [1], ["adapter"])
-        taken.append(seconds_of(lambda asked=asked: run(asked)))  # type: ignore[misc]
+        taken.append(seconds_of(functools.partial(run, asked)))
     sampler().release("adapter")
     yield {
         "work": f"{tokens} tokens in prompts of {PROMPT}, one adapter, to the first tokens",

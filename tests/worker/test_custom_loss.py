@@ -33,28 +33,28 @@ def traced(fn: Loss, **ranks: int) -> loss_graph.LossGraph:
     return loss_graph.read(loss_graph.write(handle.name, inputs, json.loads(json.dumps(graph))))
 
 
-def reinforce(logprobs, q, advantages):  # type: ignore[no-untyped-def]
+def reinforce(logprobs: Any, q: Any, advantages: Any) -> Any:
     ratio = torch.exp(logprobs - q)
     gain = torch.minimum(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages)
     return -gain.sum(), {"custom/ratio:mean": ratio.mean(), "custom/clipped:sum": (ratio > 1.2).float().sum()}
 
 
-def sequence_ratio(logprobs, q, advantages):  # type: ignore[no-untyped-def]
+def sequence_ratio(logprobs: Any, q: Any, advantages: Any) -> Any:
     mask = advantages != 0
     mean = ((logprobs - q) * mask).sum() / mask.sum().clamp(min=1)
     return -(torch.exp(mean) * advantages).sum(), {}
 
 
-def with_a_scalar(logprobs, temperature):  # type: ignore[no-untyped-def]
+def with_a_scalar(logprobs: Any, temperature: Any) -> Any:
     return F.softplus(-logprobs / temperature).mean() * math.sqrt(logprobs.shape[0]), {}
 
 
-def of_pairs(logprobs, q):  # type: ignore[no-untyped-def]
+def of_pairs(logprobs: Any, q: Any) -> Any:
     differences = logprobs.unsqueeze(0) - logprobs.unsqueeze(1)
     return -F.logsigmoid(differences[q.unsqueeze(0) > q.unsqueeze(1)]).sum(), {"custom/n:sum": q.sum()}
 
 
-def of_many_operations(logprobs, q):  # type: ignore[no-untyped-def]
+def of_many_operations(logprobs: Any, q: Any) -> Any:
     x = torch.where(q > -1.0, logprobs, torch.zeros_like(logprobs)).to(torch.float64)
     y = torch.cat([x[1:], x[:1]]).cumsum(0).float() - 2**logprobs
     z = torch.stack([y, logprobs.flip(0)]).amax(0) + torch.logsumexp(logprobs, 0) + abs(q).sqrt().detach()
@@ -64,7 +64,7 @@ def of_many_operations(logprobs, q):  # type: ignore[no-untyped-def]
     }
 
 
-def of_indices(logprobs, at):  # type: ignore[no-untyped-def]
+def of_indices(logprobs: Any, at: Any) -> Any:
     return -logprobs[at].sum() - torch.gather(logprobs, 0, at).mean() * 0.5, {}
 
 

@@ -19,6 +19,7 @@ from tinsmith_api.limits import BudgetSpent, TooMany
 from tinsmith_api.owner import Forbidden, Gone, administering_owner_of, changing_owner_of, owner_of
 from tinsmith_api.routes import (
     accounts,
+    batches,
     futures,
     losses,
     openai,
@@ -67,6 +68,7 @@ def make_app(service: Service) -> FastAPI:
     # In the order they are looked through, the busiest first; include_router would look twice.
     for room in (
         futures,
+        batches,
         training,
         sampling,
         losses,

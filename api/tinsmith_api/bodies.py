@@ -14,8 +14,9 @@ from tinsmith.errors import InvalidInput
 
 Model = TypeVar("Model", bound=BaseModel)
 Made = TypeVar("Made")
+Readable = bytes | bytearray
 
-# Reading a body larger than this takes longer than other requests should wait for the event loop.
+# What takes longer with a result larger than this than other requests should wait for the event loop.
 READ_IN_THREAD_BYTES = 1 << 20
 
 
@@ -60,7 +61,7 @@ class Strict(Body):
     type: str | None = Field(None, exclude=True)
 
 
-async def read_body(request: Request, limit: int, hold: Callable[[int], None] = lambda _: None) -> bytes:
+async def read_body(request: Request, limit: int, hold: Callable[[int], None] = lambda _: None) -> Readable:
     """The whole body, at most `limit` bytes. `hold` is told the size of each part, and may refuse it."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
@@ -68,25 +69,24 @@ async def read_body(request: Request, limit: int, hold: Callable[[int], None] = 
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
         raise TooLarge(f"the body has {declared} bytes, the limit here is {limit}: send less at a time")
-    parts, size = [], 0
+    body = bytearray()  # which grows in place: a large one is not copied
     try:
         async for part in request.stream():
-            size += len(part)
-            if size > limit:
+            if len(body) + len(part) > limit:
                 raise TooLarge(f"the body has more than {limit} bytes: send less at a time")
             hold(len(part))
-            parts.append(part)
+            body += part
     except ClientDisconnect:
         raise InvalidInput("the connection ended before the body did") from None
-    return b"".join(parts)
+    return body
 
 
 async def off_loop(size: int, read: Callable[[], Made]) -> Made:
-    """`read()` of a body of `size` bytes; in a thread if the event loop would wait for it too long."""
+    """`read()` of a result of `size` bytes; in a thread if the event loop would wait for it too long."""
     return await asyncio.to_thread(read) if size > READ_IN_THREAD_BYTES else read()
 
 
-def parse(model: type[Model], body: bytes) -> Model:
+def parse(model: type[Model], body: Readable) -> Model:
     """InvalidInput names the first field that is wrong."""
     try:
         return model.model_validate_json(body or b"{}")
@@ -111,7 +111,7 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(schema)}}}}
 
 
-def parse_any(body: bytes) -> Any:
+def parse_any(body: Readable) -> Any:
     try:
         return TypeAdapter(Any).validate_json(body)
     except ValidationError:

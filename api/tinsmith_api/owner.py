@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
-from tinsmith_api.bodies import Made
+from tinsmith_api.bodies import Readable
 from tinsmith_api.journal import checkpoints, identities
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.identities import ADMIN, MEMBER, ROLES, Caller
@@ -132,13 +132,13 @@ class Owner:
     async def submit(self, operation: Operation, also: Statement[Any] = lambda _: None) -> dict[str, Any]:
         return await self.service.submit(operation, self.caller, also)
 
-    def receive(self, request: Request, limit: int) -> AbstractAsyncContextManager[bytes]:
+    def receive(self, request: Request, limit: int) -> AbstractAsyncContextManager[Readable]:
         """A body that may be large, at most `limit` bytes; see `Uploads`."""
         return self.service.uploads.receive(self.tenant_id, request, limit)
 
-    async def in_turn(self, size: int, read: Callable[[], Made]) -> Made:
-        """`read()` of a body of `size` bytes, while nobody else waits for it; see `Uploads`."""
-        return await self.service.uploads.in_turn(self.tenant_id, size, read)
+    async def read(self, body: Readable, reading: Callable[..., bytes], **given: Any) -> bytes:
+        """`reading(body, **given)`, while nobody else waits for it; see `Uploads`."""
+        return await self.service.uploads.read(self.tenant_id, body, reading, **given)
 
     def signed(self, details: dict[str, Any]) -> dict[str, Any]:
         """Details of an event, with who did it."""

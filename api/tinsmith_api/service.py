@@ -165,6 +165,7 @@ class Service:
         for chore in self._chores:
             chore.cancel()
         await self.doorbell.stop()
+        self.uploads.stop()
         await asyncio.to_thread(self.journal.close)
 
     def retrieved(self, request_id: str) -> None:

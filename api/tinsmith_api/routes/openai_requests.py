@@ -5,10 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from fastapi import Request
 from pydantic import ConfigDict, Field, ValidationError
 
-from tinsmith_api.bodies import Body
+from tinsmith_api import readings
+from tinsmith_api.bodies import Body, off_loop
 from tinsmith_api.chat import Refused
 from tinsmith_api.owner import Owner
-from tinsmith_api.uploads import check_json
 
 Json = dict[str, Any]
 Read = TypeVar("Read", bound="Asked")
@@ -162,9 +162,9 @@ class Chat(Asked):
 
 async def read(mine: Owner, request: Request, model: type[Read]) -> Read:
     async with mine.receive(request, mine.service.settings.max_sample_bytes) as raw:
-        check_json(raw)
+        await mine.read(raw, readings.some_json)
         try:
-            body = await mine.in_turn(len(raw), lambda: model.model_validate_json(raw or b"{}"))
+            body = await off_loop(len(raw), lambda: model.model_validate_json(raw or b"{}"))
         except ValidationError as error:
             raise _refusal(error) from None
     body.check()

@@ -19,9 +19,9 @@ from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.usage import session_of
 from tinsmith_api.owner import Owner
-from tinsmith_api.routes import sampling
 from tinsmith_api.routes.futures import cancel, outcome_of
 from tinsmith_api.routes.openai_requests import Asked
+from tinsmith_api.samples import Sample, task_of
 
 Json = dict[str, Any]
 Answers = Sequence[pb.SampleResponse]
@@ -116,7 +116,7 @@ async def submit(
                 what = f"{len(prompt)} tokens are given and up to {max_tokens or 1} asked for"
                 raise chat.too_long(what, room, body.prompt_param)
             chunks = {"chunks": [{"type": "encoded_text", "tokens": list(prompt)}]}
-            sample = sampling.Sample.model_validate(
+            sample = Sample.model_validate(
                 {
                     "seq_id": 0,
                     "prompt": chunks,
@@ -125,7 +125,7 @@ async def submit(
                     **asked,
                 }
             )
-            task = sampling.task_of(sample, facts)
+            task = task_of(sample, facts)
             task.object_prefix = weights.object_prefix or ""
             task.default_stop = True  # a stop of the caller's is one more, and not the only one
             tasks.append(task)

@@ -114,7 +114,8 @@ def test_a_viewer_reads_what_a_member_makes_and_changes_nothing(new_wire: Callab
     viewer = new_wire(member="vi@lab", role="viewer")
     run = Run(member)
     path = run.save("state")
-    assert viewer.get(f"/training_runs/{run.id}")["training_run_id"] == run.id
+    seen = viewer.get(f"/training_runs/{run.id}", access_scope="accessible")
+    assert seen["training_run_id"] == run.id
     assert viewer.post("/weights_info", tinker_path=path)["base_model"] == MODEL
     assert viewer.get("/training_runs", access_scope="accessible")["cursor"]["total_count"] == 1
     for attempt in (

@@ -163,6 +163,10 @@ def test_owners_of_one_organization_see_each_other_when_they_ask_to(
     assert bo.list_training_runs().result().training_runs == []
     shared = bo.list_training_runs(access_scope="accessible").result()
     assert ([r.training_run_id for r in shared.training_runs], shared.cursor.total_count) == ([run], 1)
+    assert bo.get_training_run(run, access_scope="accessible").result().training_run_id == run
+    with pytest.raises(tinker.NotFoundError, match="access_scope=accessible"):
+        bo.get_training_run(run).result()
+    assert ann.get_training_run(run).result().training_run_id == run
     wire.get(f"/sessions/{session}")
     assert wire.status == 404
     outsiders = types.SessionSearchRequest(owner={"type": "user", "owner_urns": [summary.owner]})  # type: ignore[arg-type]

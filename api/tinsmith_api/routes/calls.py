@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from pydantic import Field
 
 from tinsmith.errors import InvalidInput
-from tinsmith_api.bodies import Model, parse, parse_any
+from tinsmith_api.bodies import Model, Readable, parse, parse_any
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Statement
 from tinsmith_api.journal.tables import operations
@@ -22,7 +22,7 @@ SeqId = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _MAX_AHEAD = 10_000
 
 
-async def parse_call(mine: Owner, model: type[Model], raw: bytes) -> Model:
+async def parse_call(mine: Owner, model: type[Model], raw: Readable) -> Model:
     """As `parse`; but a call of a run that is refused here still counts as that run's number, or every
     later call of the run would wait for it."""
     try:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic_core import to_json
 
+from tinsmith.errors import NotFound
 from tinsmith_api.bodies import reply
 from tinsmith_api.journal import checkpoints, usage
 from tinsmith_api.journal import operations as ops
@@ -63,6 +64,12 @@ async def list_training_runs(
 async def get_training_run(mine: Mine, run_id: str, access_scope: Scope = "owned") -> Response:
     """Of another organization if one of its checkpoints was published; of the run no more than that shows."""
     run = await mine.readable_run(run_id)
+    if access_scope == "owned" and run.tenant_id == mine.tenant_id:
+        session = await mine.session(run.session_id)
+        if session.member_id != mine.caller.member_id:
+            raise NotFound(
+                f"no run {run_id!r} among yours: with access_scope=accessible your organization's are, too"
+            )
     return reply((await mine.service.read_apart(lambda c: _training_runs(c, [run], mine.tenant_id)))[0])
 
 

@@ -35,10 +35,10 @@ _DTYPES: dict[int, "np.dtype[np.generic]"] = {
 }
 
 
-def parse(body: bytes) -> pb.ForwardBackwardRequest:
+def parse(body: bytes | bytearray) -> pb.ForwardBackwardRequest:
     """The message in `body`; InvalidInput if it is none."""
     try:
-        return pb.ForwardBackwardRequest.FromString(body)
+        return pb.ForwardBackwardRequest.FromString(body)  # type: ignore[arg-type] # any buffer
     except DecodeError:
         raise InvalidInput("the body is not a ForwardBackwardRequest in protobuf") from None
 

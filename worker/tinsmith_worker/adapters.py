@@ -76,7 +76,11 @@ def lay_out(spec: LoraSpec, sites: Sequence[Site]) -> Layout:
 
 def adapter_elements(spec: LoraSpec, sites: Sequence[Site]) -> int:
     """P, the length of its flat buffers."""
-    layout = lay_out(spec, sites)
+    return elements(lay_out(spec, sites))
+
+
+def elements(layout: Layout) -> int:
+    """The length of a flat buffer that is laid out so."""
     if not layout:
         return 0
     _, offset, shape = layout[-1]
@@ -111,19 +115,21 @@ class Adapter:
                 "this adapter would train nothing: set one of train_attn, train_mlp, train_unembed"
             )
         self.layout = lay_out(spec, sites)
-        size = adapter_elements(spec, sites)
-        if frozen is None:
-            self.weights = torch.zeros(size, dtype=torch.float32, device=device)
-            self.compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
-        else:
-            assert (frozen.shape, frozen.dtype) == ((size,), dtype), (frozen.shape, frozen.dtype)
-            self.weights = self.compute = frozen
+        self._open(elements(self.layout), device, dtype, frozen)
         self.views, self.expert_views = self._views(self.compute)
         self.places = np.full((sites[-1].group + 1, 1 + MOST_MEMBERS), -1, np.int64)
         start, unit = self.compute.data_ptr(), ALIGNMENT * self.compute.element_size()
         for number, (A, Bs) in self.views.items():
             found = [(x.data_ptr() - start) // unit for x in (A, *Bs)]
             self.places[number, : len(found)] = found
+
+    def _open(self, size: int, device: torch.device, dtype: torch.dtype, frozen: torch.Tensor | None) -> None:
+        if frozen is None:
+            self.weights = torch.zeros(size, dtype=torch.float32, device=device)
+            self.compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
+        else:
+            assert (frozen.shape, frozen.dtype) == ((size,), dtype), (frozen.shape, frozen.dtype)
+            self.weights = self.compute = frozen
         self.gradient: torch.Tensor | None = None
         self.gradient_views: Views = {}
         self.expert_gradients: ExpertViews = {}
@@ -134,9 +140,7 @@ class Adapter:
 
     def initialise(self) -> None:
         """A as PEFT draws it, uniform in ±1/sqrt(I), B zero. It depends on the seed, not on the device."""
-        # torch's generator on the CPU looks at 32 bits of a seed; the upper ones are to count as well.
-        upper, lower = divmod(self.spec.seed % 2**64, 2**32)
-        generator = torch.Generator().manual_seed((lower + 0x9E3779B1 * upper) % 2**32)
+        generator = torch.Generator().manual_seed(short_seed(self.spec.seed))
         for name, offset, shape in self.layout:
             if ".lora_A." in name:
                 drawn = torch.empty(shape)
@@ -228,6 +232,12 @@ class Adapter:
             rows, inputs = len(members) * self.spec.rank, members[0].inputs
             views[number] = As[0].as_strided((rows, inputs), (inputs, 1)), tuple(Bs)
         return views, of_experts
+
+
+def short_seed(seed: int) -> int:
+    """Torch's generator on the CPU looks at 32 bits of a seed; the upper ones are to count as well."""
+    upper, lower = divmod(seed % 2**64, 2**32)
+    return (lower + 0x9E3779B1 * upper) % 2**32
 
 
 _Move = tuple[int, int, int]  # from, to, how many elements

@@ -1,6 +1,8 @@
 """An adapter as files: PEFT's, readable by anyone, and beside them what exact continuation needs. No torch.
 
 adapter_config.json, adapter_model.safetensors   as PEFT saves them; stacked, what experts have (`export`)
+config.json, model.safetensors                   instead, of a run that trains all weights: transformers' own,
+                                                 in numbered files with an index where they are large
 optimizer.safetensors                            moment1, moment2, gradient [P], step [1]; where there are any
 tinsmith.json                                    the spec, and where every tensor lies in the flat buffers
 """
@@ -20,21 +22,25 @@ from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
+MODEL = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 OPTIMIZER = "optimizer.safetensors"
 SPEC = "tinsmith.json"
 
 _FORMAT = 1
+# Of a whole model's weights, what goes into one file: some stores take no larger ones at once.
+FILE_BYTES = 4 << 30
 _SPOILED = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, safetensors.SafetensorError)
 _MAX_GAP = 1024  # elements between two tensors, where an engine aligns them
 _Tensors = tuple[tuple[str, int, tuple[int, ...]], ...]
 
 
-def write(state: AdapterState, base_model: str) -> dict[str, bytes]:
+def write(state: AdapterState, base_model: str, *, file_bytes: int = FILE_BYTES) -> dict[str, bytes]:
     """The files of `state`, by name. `read` gives the same bits back."""
     weights = {name: _at(state.weights, offset, shape) for name, offset, shape in state.tensors}
     files = {
-        CONFIG: _json(_peft_config(state, base_model)),
-        WEIGHTS: safetensors_numpy.save(weights, {"format": "pt"}),
+        **_readable(state, weights, base_model, file_bytes),
         SPEC: _json(
             {
                 "format": _FORMAT,
@@ -55,8 +61,8 @@ def write(state: AdapterState, base_model: str) -> dict[str, bytes]:
 
 
 def export(state: AdapterState, base_model: str) -> dict[str, bytes]:
-    """As `write`, without what only this service has a use for: PEFT's two files. Of a mixture's experts,
-    each has matrices under its own number, those that all share too, as others expect them."""
+    """As `write`, without what only this service has a use for. Of a mixture's experts, each has matrices
+    under its own number, those that all share too, as others expect them."""
     weights: dict[str, Float32] = {}
     for name, offset, shape in state.tensors:
         values = _at(state.weights, offset, shape)
@@ -66,10 +72,45 @@ def export(state: AdapterState, base_model: str) -> dict[str, bytes]:
         for number in range(_experts(state)):
             of_one = name.replace(".experts.", f".experts.{number}.")
             weights[of_one] = np.ascontiguousarray(values[min(number, shape[0] - 1)])
-    return {
-        CONFIG: _json(_peft_config(state, base_model)),
-        WEIGHTS: safetensors_numpy.save(weights, {"format": "pt"}),
-    }
+    return _readable(state, weights, base_model, FILE_BYTES)
+
+
+def _readable(
+    state: AdapterState, weights: dict[str, Float32], base_model: str, file_bytes: int
+) -> dict[str, bytes]:
+    """The files that others load."""
+    if state.spec.method == "full":
+        return {MODEL_CONFIG: state.config.encode(), **_in_files(weights, file_bytes)}
+    config = _peft_config(state, base_model)
+    if state.config:
+        config = json.loads(state.config) | {"base_model_name_or_path": base_model}
+    return {CONFIG: _json(config), WEIGHTS: _safetensors(weights)}
+
+
+def _in_files(weights: dict[str, Float32], file_bytes: int) -> dict[str, bytes]:
+    """A whole model's weights as transformers looks for them: one file, or several and their index."""
+    parts: list[dict[str, Float32]] = [{}]
+    room = file_bytes
+    for name, values in weights.items():
+        if values.nbytes > room and parts[-1]:
+            parts.append({})
+            room = file_bytes
+        parts[-1][name] = values
+        room -= values.nbytes
+    if len(parts) == 1:
+        return {MODEL: _safetensors(weights)}
+    files: dict[str, bytes] = {}
+    place: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        files[file] = _safetensors(part)
+        place |= dict.fromkeys(part, file)
+    total = sum(values.nbytes for values in weights.values())
+    return {INDEX: _json({"metadata": {"total_size": total}, "weight_map": place}), **files}
+
+
+def _safetensors(weights: dict[str, Float32]) -> bytes:
+    return safetensors_numpy.save(weights, {"format": "pt"})
 
 
 def _experts(state: AdapterState) -> int:
@@ -98,13 +139,13 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
     )
     size = _integer(about["size"])
     _check_layout(tensors, size)
-    given = safetensors_numpy.load(files[WEIGHTS])
+    given = _weights_in(files, spec)
     # All of it before the buffer is made: what the file really holds bounds what is allocated.
     for name, _, shape in tensors:
         _expect(
             given[name].shape == shape and given[name].dtype == np.float32, f"{name} is not float32 {shape}"
         )
-    _expect(len(given) == len(tensors), f"{WEIGHTS} holds tensors that {SPEC} does not name")
+    _expect(len(given) == len(tensors), f"its files hold tensors that {SPEC} does not name")
     weights = np.zeros(size, np.float32)
     for name, offset, shape in tensors:
         _at(weights, offset, shape)[...] = given[name]
@@ -128,8 +169,18 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
     )
 
 
+def _weights_in(files: Mapping[str, bytes], spec: LoraSpec) -> dict[str, Float32]:
+    if spec.method != "full":
+        return safetensors_numpy.load(files[WEIGHTS])
+    names = {MODEL}
+    if INDEX in files:
+        names = set(json.loads(files[INDEX])["weight_map"].values())
+    return {name: values for file in names for name, values in safetensors_numpy.load(files[file]).items()}
+
+
 def _check_spec(spec: LoraSpec) -> None:
-    _expect(_integer(spec.rank) > 0, f"its rank is {spec.rank}")
+    _expect(isinstance(spec.method, str) and isinstance(spec.settings, dict), "it names no method")
+    _expect((_integer(spec.rank) > 0) == (spec.method == "lora"), f"its rank is {spec.rank}")
     _integer(spec.seed)
     for name in ("train_attn", "train_mlp", "train_unembed"):
         _expect(isinstance(getattr(spec, name), bool), f"{name} is neither true nor false")

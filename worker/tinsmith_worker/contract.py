@@ -5,7 +5,7 @@ Everything here runs on one thread, the engine's; only `AdapterState` and output
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -21,11 +21,16 @@ LORA_ALPHA = 32
 
 @dataclass(frozen=True)
 class LoraSpec:
+    """What a run trains: LoRA of a rank; or, on a single-tenant worker and with rank 0, what `method` of
+    `tinsmith.wire.methods` does with these `settings` ("full": all of the base's own weights)."""
+
     rank: int
     seed: int
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    method: str = "lora"
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,10 @@ OptimizerParams = AdamParams | MuonParams
 class AdapterState:
     """All of an adapter, in host memory: what a snapshot or a checkpoint is made of.
 
-    Arrays are flat float32 in the layout `tensors` names: (name in PEFT's form, offset, shape).
-    `moment1`, `moment2` and `gradient` are None where there is none (weights only; an optimizer that has no
-    second moment; nothing accumulated).
+    Arrays are flat float32 in the layout `tensors` names: (name as in the files that others load, offset,
+    shape). `moment1`, `moment2` and `gradient` are None where there is none (weights only; an optimizer that
+    has no second moment; nothing accumulated). `config`: the JSON that others want beside the weights; ""
+    for LoRA, whose follows from the rest.
     """
 
     spec: LoraSpec
@@ -70,6 +76,7 @@ class AdapterState:
     moment2: npt.NDArray[np.float32] | None = None
     gradient: npt.NDArray[np.float32] | None = None
     step: int = 0
+    config: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -166,6 +173,7 @@ class ModelFacts:
     max_rank: int = 256
     tokenizer: str = ""  # a hub id or a folder
     tokenizer_files: str = ""  # where in the object store they are
+    single_tenant: bool = False  # its workers train one run at a time, and not LoRA
 
 
 class Engine(Protocol):

@@ -189,7 +189,7 @@ class TorchEngine:
     def frozen(self, run_id: str) -> Adapter:
         """A copy of its weights on the device, for a sampler to hold."""
         adapter = self._adapters[run_id]
-        return self.base.frozen_adapter(adapter.spec, adapter.compute.clone())
+        return self.base.blank_adapter(adapter.spec, frozen=adapter.compute.clone())
 
     def score(self, adapter: Adapter, texts: Sequence[Int32]) -> list[npt.NDArray[np.float32]]:
         """log p of every token of each text but its first, as a run with this adapter has it that is trained
@@ -468,6 +468,8 @@ def _neighbourhood(spec: LoraSpec) -> tuple[int, int]:
 
 
 def _described(spec: LoraSpec) -> str:
+    if spec.method != "lora":
+        return " ".join([spec.method, *(f"{name} {value}" for name, value in sorted(spec.settings.items()))])
     names = [name for name in ("train_attn", "train_mlp", "train_unembed") if getattr(spec, name)]
     return f"rank {spec.rank} with {', '.join(names)}"
 

@@ -61,12 +61,26 @@ class Base:
             ) from error
 
     def _take_over(self, model: Any, architecture: str, tokenizer: str) -> None:
+        layers = self._look_at(model, architecture, tokenizer)
+        expected = self._probe_alone(architecture)
+        together = self._linears_given_the_same(layers)
+        self.sites = tuple(self._replace_linears(layers, together))
+        output = model.get_output_embeddings()
+        head_site = next(name for name, module in model.named_modules() if module is output)
+        inputs, outputs, group = output.weight.shape[1], output.weight.shape[0], self.sites[-1].group + 1
+        self.head = Head(group, output.weight, output.bias)
+        self.sites += (Site(head_site, "unembed", inputs, outputs, group),)
+        self._take_attention()
+        self.can_compile = self._check_against(expected, architecture)
+        self._layers = [Layer(layer, n, self._current) for n, (_, layer) in enumerate(layers)]
+
+    def _look_at(self, model: Any, architecture: str, tokenizer: str) -> list[tuple[str, nn.Module]]:
+        """What can be known of the model before anything of it is replaced; its layers, with their paths."""
         self._model, self._decoder = model, model.base_model
         config = model.config.get_text_config()
         self._embedding = model.get_input_embeddings()
         output = model.get_output_embeddings()
         _refuse_unsupported(model, config, architecture)
-        head_site = next(name for name, module in model.named_modules() if module is output)
         self.device, self.dtype = output.weight.device, output.weight.dtype
         self.facts = ModelFacts(
             vocab_size=min(output.weight.shape[0], self._embedding.weight.shape[0]),
@@ -84,16 +98,7 @@ class Base:
         self.kept = Keeping()  # by the last training pass
         layers = decoder_layers(self._decoder, config)
         self.activations = Activations(len(layers))
-        expected = self._probe_alone(architecture)
-        together = self._linears_given_the_same(layers)
-        self.sites = tuple(self._replace_linears(layers, together))
-        inputs, outputs, group = output.weight.shape[1], output.weight.shape[0], self.sites[-1].group + 1
-        self.head = Head(group, output.weight, output.bias)
-        self.sites += (Site(head_site, "unembed", inputs, outputs, group),)
-        AttentionInterface.register(_ATTENTION, _attention)
-        model.set_attn_implementation(_ATTENTION)
-        self.can_compile = self._check_against(expected, architecture)
-        self._layers = [_Layer(layer, n, self._current) for n, (_, layer) in enumerate(layers)]
+        return layers
 
     @classmethod
     def load(
@@ -190,21 +195,31 @@ class Base:
             return frozenset()
         return frozenset([given] if isinstance(given, int) else given)
 
+    def blank_adapter(
+        self, spec: LoraSpec, *, device: torch.device | None = None, frozen: torch.Tensor | None = None
+    ) -> Adapter:
+        """One whose weights are zero, on the base's device unless told another; or those of `frozen` [P], of
+        the base's dtype, which is sampled only. InvalidInput if this base does not train such."""
+        if spec.method != "lora":
+            raise InvalidInput(
+                f"this is of a run of method {spec.method!r}, which a single-tenant worker trains and "
+                "samples: this one serves LoRA"
+            )
+        return Adapter(spec, self.sites, device=device or self.device, dtype=self.dtype, frozen=frozen)
+
     def new_adapter(self, spec: LoraSpec) -> Adapter:
         """A fresh adapter, drawn from the spec's seed."""
-        adapter = Adapter(spec, self.sites, device=self.device, dtype=self.dtype)
+        adapter = self.blank_adapter(spec)
         adapter.initialise()
         return adapter
 
-    def adapter_of(self, state: AdapterState, *, optimizer: bool = False) -> Adapter:
+    def adapter_of(
+        self, state: AdapterState, *, optimizer: bool = False, device: torch.device | None = None
+    ) -> Adapter:
         """An adapter as `state` has it; without `optimizer` its weights alone, as a sampler holds them."""
-        adapter = Adapter(state.spec, self.sites, device=self.device, dtype=self.dtype)
+        adapter = self.blank_adapter(state.spec, device=device)
         adapter.take(state, optimizer=optimizer)
         return adapter
-
-    def frozen_adapter(self, spec: LoraSpec, compute: torch.Tensor) -> Adapter:
-        """One that is sampled only: `compute` [P] is of the base's dtype."""
-        return Adapter(spec, self.sites, device=self.device, dtype=self.dtype, frozen=compute)
 
     def _replace_linears(
         self, layers: list[tuple[str, nn.Module]], together: list[list[nn.Module]]
@@ -229,15 +244,23 @@ class Base:
                     parent = layer.get_submodule(parent_name)
                     setattr(parent, child, member)
                     # The attention function is handed the module that calls it, and nothing of ours.
-                    if not hasattr(parent, "tinsmith_caller"):
-                        parent.tinsmith_caller = _Caller(self._current, getattr(parent, "layer_idx", 0))  # type: ignore[assignment]
-                        parent.tinsmith_key = register(parent.tinsmith_caller)
+                    self._let_call(parent)
                     yield Site(f"{prefix}{path}.{name}", kind, one.in_features, one.out_features, number)
                 number += 1
             for name, block in [(n, m) for n, m in layer.named_modules() if is_mixture(m)]:
                 yield from expert_sites(f"{prefix}{path}.{name}", block, number)
                 Mixture(block, number, self._current)
                 number += 1
+
+    def _take_attention(self) -> None:
+        AttentionInterface.register(_ATTENTION, _attention)
+        self._model.set_attn_implementation(_ATTENTION)
+
+    def _let_call(self, module: Any) -> None:
+        """Have our attention know who it works for, when this module calls it."""
+        if not hasattr(module, "tinsmith_caller"):
+            module.tinsmith_caller = _Caller(self._current, getattr(module, "layer_idx", 0))
+            module.tinsmith_key = register(module.tinsmith_caller)
 
     def _linears_given_the_same(self, layers: list[tuple[str, nn.Module]]) -> list[list[nn.Module]]:
         """Linears of one module that the untouched model calls one after the other on one tensor."""
@@ -311,12 +334,28 @@ class Base:
     def _check_against(self, expected: list[torch.Tensor], architecture: str) -> bool:
         """Packed through our attention, linears and head, the base must say what it said by itself, and
         its gradients must come through. Whether its layers could be compiled."""
-        positions_T = torch.cat([torch.arange(n, device=self.device) for n in _PROBE_LENGTHS])
         adapter = self.new_adapter(LoraSpec(rank=1, seed=0))  # B is zero: it adds nothing
         adapter.open_gradient()
-        segment = Segment(0, len(positions_T), adapter)
+        hidden_TD, in_one_call = self._check_packed(expected, architecture, adapter)
+        # Not the same everywhere: a norm's gradient would be zero.
+        self.backward(hidden_TD, torch.linspace(-1, 1, hidden_TD.numel()).view_as(hidden_TD).to(hidden_TD))
+        assert adapter.gradient is not None
+        if not 0 < float(adapter.gradient.norm()) < float("inf"):
+            raise InvalidInput(
+                f"{architecture} cannot be trained: its gradients do not come through or are not finite"
+            )
+        # What an expert is given differs from pass to pass, in ways that a compiled layer does not know.
+        return in_one_call and self.kernels and not self.has_experts
+
+    def _check_packed(
+        self, expected: list[torch.Tensor], architecture: str, adapter: Adapter | None
+    ) -> tuple[torch.Tensor, bool]:
+        """InvalidInput unless packed the base says what it said by itself. The last hidden states, of a pass
+        that trains if there is an adapter, and whether attention was one kernel's work."""
         attention = CausalSequences(np.array(_PROBE_LENGTHS))
-        with torch.enable_grad():
+        positions_T = torch.cat([torch.arange(n, device=self.device) for n in _PROBE_LENGTHS])
+        segment = Segment(0, len(positions_T), adapter)
+        with torch.set_grad_enabled(adapter is not None):
             hidden_TD = self.forward(Stream(self._probe_tokens(), positions_T, (segment,), attention))
         found = self.head.logits(hidden_TD.detach(), None)
         wanted = torch.cat(expected)
@@ -329,15 +368,7 @@ class Base:
                 f"{architecture} cannot be served: packed, its logits differ by {error:.1%} from its own; "
                 "it does something with attention, positions or logits that this engine does not know of"
             )
-        # Not the same everywhere: a norm's gradient would be zero.
-        self.backward(hidden_TD, torch.linspace(-1, 1, hidden_TD.numel()).view_as(hidden_TD).to(hidden_TD))
-        assert adapter.gradient is not None
-        if not 0 < float(adapter.gradient.norm()) < float("inf"):
-            raise InvalidInput(
-                f"{architecture} cannot be trained: its gradients do not come through or are not finite"
-            )
-        # What an expert is given differs from pass to pass, in ways that a compiled layer does not know.
-        return attention.in_one_call and self.kernels and not self.has_experts
+        return hidden_TD, attention.in_one_call
 
 
 _PROBE_LENGTHS = [40, 24]
@@ -354,7 +385,7 @@ class _Caller:
     layer: int
 
 
-class _Layer:
+class Layer:
     """A decoder layer's `forward` as the pass under way wants it: compiled, its activations kept or not."""
 
     def __init__(self, layer: nn.Module, number: int, current: Current) -> None:

@@ -155,7 +155,7 @@ class GroupEngine(TorchEngine):
     def _mirror(self, run_id: str, spec: LoraSpec, step: int, moments: list[str], has_gradient: bool) -> None:
         """Of a follower: have the leader's adapter, but for the gradient, which the leader holds."""
         self._adapters.pop(run_id, None)
-        adapter = Adapter(spec, self.base.sites, device=self.base.device, dtype=self.base.dtype)
+        adapter = self.base.blank_adapter(spec)
         for name in moments:
             setattr(adapter, name, torch.empty_like(adapter.weights))
         self._share(adapter, moments)

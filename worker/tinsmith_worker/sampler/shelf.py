@@ -52,8 +52,7 @@ class Shelf:
             self._enter(weights)
             self._make_room(0, keep=())
             return
-        read = Adapter(weights.spec, self._base.sites, device=torch.device("cpu"), dtype=self._base.dtype)
-        read.take(weights, optimizer=False)
+        read = self._base.adapter_of(weights, device=torch.device("cpu"))
         on_host = read.compute.pin_memory() if self._base.device.type == "cuda" else read.compute
         self._held[sampler_id] = _Held(weights.spec, on_host)
 
@@ -70,7 +69,7 @@ class Shelf:
             if not self._make_room(held.on_host.nbytes, keep={*in_use, sampler_id}) and in_use:
                 return None
             compute = held.on_host.to(self._base.device, non_blocking=True)
-            held.adapter = self._base.frozen_adapter(held.spec, compute)
+            held.adapter = self._base.blank_adapter(held.spec, frozen=compute)
             self._enter(held.adapter)
         return held.adapter
 

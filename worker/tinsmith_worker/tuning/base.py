@@ -1,0 +1,155 @@
+"""The model of a single-tenant worker: its own weights are trained, or a PEFT method's, one run's at a time.
+
+Shapes: T packed tokens, N rows, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinsmith.errors import InvalidInput
+from tinsmith_worker.adapters import Adapter, Kind
+from tinsmith_worker.contract import LoraSpec
+from tinsmith_worker.experts import is_mixture
+from tinsmith_worker.head import Head
+from tinsmith_worker.lora import Deltas, accumulate
+from tinsmith_worker.model import Base, Layer
+from tinsmith_worker.stream import Stream
+from tinsmith_worker.tuning.weights import Form, Tuned
+
+
+class TunedBase(Base):
+    """A Base whose modules are transformers' own. Before a pass its parameters become those of the run, or
+    the sampler, that the pass is for: pointers are exchanged, nothing is copied. All rows are one's."""
+
+    def _take_over(self, model: Any, architecture: str, tokenizer: str) -> None:
+        layers = self._look_at(model, architecture, tokenizer)
+        if any(map(is_mixture, model.modules())):
+            raise InvalidInput(
+                f"{architecture} cannot be served by a single-tenant worker: it is a mixture of experts"
+            )
+        expected = self._probe_alone(architecture)
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                self._let_call(module)
+        self.sites = ()
+        self.kernels = self.can_compile = False
+        self.facts = replace(self.facts, single_tenant=True)
+        output = model.get_output_embeddings()
+        self.head = _Head(0, output.weight, output.bias)
+        self._whole = _whole(model)
+        self._form: Form | None = None  # what the model is made into; None: the base as it came
+        self._active: Tuned | None = None
+        self._hooks: list[Any] = []
+        self._take_attention()
+        self._check_packed(expected, architecture, None)
+        self._layers = [Layer(layer, n, self._current) for n, (_, layer) in enumerate(layers)]
+
+    def forward(self, stream: Stream, acting: dict[Kind, Deltas] | None = None) -> torch.Tensor:
+        adapters = {id(segment.adapter): segment.adapter for segment in stream.segments}
+        assert len(adapters) == 1, "a pass of a single-tenant worker is one run's"
+        (adapter,) = adapters.values()
+        assert adapter is None or isinstance(adapter, Tuned)
+        self._become(adapter)
+        return super().forward(stream)
+
+    def _deltas(self, stream: Stream, *, train: bool) -> dict[Kind, Deltas]:
+        return {}
+
+    def blank_adapter(
+        self, spec: LoraSpec, *, device: torch.device | None = None, frozen: torch.Tensor | None = None
+    ) -> Tuned:
+        return Tuned(self.form_of(spec), device or self.device, frozen)
+
+    def form_of(self, spec: LoraSpec) -> Form:
+        """InvalidInput if there is no such method, or none with these settings on this model."""
+        if spec.method == "full":
+            return self._whole
+        raise InvalidInput(
+            f"a single-tenant worker trains all weights (rank 0), not {spec.method!r}: LoRA is for workers "
+            "that many tenants share"
+        )
+
+    def release(self, adapter: Adapter | None) -> None:
+        """Hold nothing of it any more."""
+        if adapter is not None and adapter is self._active:
+            self._become(None)
+
+    def _become(self, adapter: Tuned | None) -> None:
+        if adapter is self._active:
+            return
+        form = adapter.form if adapter else None
+        if form is not self._form:
+            self._leave_form()
+            self._enter_form(form)
+        if adapter is not None:
+            views = adapter.tensors_of(adapter.compute)
+            for parameter, view in zip(adapter.form.parameters, views, strict=True):
+                parameter.data = view
+        self._active = adapter
+
+    def _enter_form(self, form: Form | None) -> None:
+        self._form = form
+        for number, parameter in enumerate(form.parameters if form else ()):
+            parameter.requires_grad_(True)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._take_gradient(number)))
+
+    def _leave_form(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._form is not None:
+            for parameter, initial in zip(self._form.parameters, self._form.initial, strict=True):
+                parameter.requires_grad_(False)
+                parameter.data = initial
+        self._form = None
+
+    def _take_gradient(self, number: int) -> Callable[[torch.Tensor], None]:
+        """What autograd calls when the gradient of a pass is complete: it is added to the float32 sum."""
+
+        def take(parameter: torch.Tensor) -> None:
+            assert self._active is not None
+            assert parameter.grad is not None
+            self._active.gradients[number].add_(parameter.grad)
+            parameter.grad = None
+
+        return take
+
+
+class _Head(Head):
+    """The output embedding, whose own gradient counts if it is trained."""
+
+    def _backward_adapter(
+        self,
+        adapter: Adapter | None,
+        dlogits_NV: torch.Tensor,
+        shrunk_NR: torch.Tensor | None,
+        hidden_ND: torch.Tensor,
+        gradient_ND: torch.Tensor,
+    ) -> None:
+        assert isinstance(adapter, Tuned)
+        weight, bias = adapter.form.unembedding
+        if weight >= 0:
+            accumulate(adapter.gradients[weight], dlogits_NV.T, hidden_ND)
+        if bias >= 0:
+            adapter.gradients[bias].add_(dlogits_NV.sum(0))
+
+
+def _whole(model: Any) -> Form:
+    """All parameters of a transformers model; one that stands in two places is there once."""
+    named: dict[str, nn.Parameter] = dict(model.named_parameters())
+    output = model.get_output_embeddings()
+    parameters = tuple(named.values())
+    at = {id(parameter): number for number, parameter in enumerate(parameters)}
+    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    return Form(
+        LoraSpec(0, 0, method="full"),
+        tuple(named),
+        parameters,
+        tuple(parameter.data for parameter in parameters),
+        model.config.__class__.from_dict(config).to_json_string(),
+        (at[id(output.weight)], -1 if output.bias is None else at[id(output.bias)]),
+    )

@@ -1,0 +1,71 @@
+"""What a single-tenant run trains, in flat buffers as an adapter has them: any parameters of a model.
+
+Shapes: P elements, V vocabulary, D hidden.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Layout, elements
+from tinsmith_worker.contract import AdapterState, LoraSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The parameters that runs of this spec train, each under its name in the files; what they are before
+    the first step; `config`: JSON that others want beside such files. `unembedding`: where among them the
+    output embedding's weight and bias are, -1 for what is not trained."""
+
+    spec: LoraSpec
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    initial: tuple[torch.Tensor, ...]
+    config: str
+    unembedding: tuple[int, int] = (-1, -1)
+
+    @property
+    def layout(self) -> Layout:
+        return lay_out(self.names, [tensor.shape for tensor in self.initial])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.initial[0].dtype
+
+
+def lay_out(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Layout:
+    layout, offset = [], 0
+    for name, shape in zip(names, shapes, strict=True):
+        layout.append((name, offset, tuple(shape)))
+        offset += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    return tuple(layout)
+
+
+class Tuned(Adapter):
+    """One run's weights, or a sampler's frozen ones. `weights`, `compute`, gradient and moments are as an
+    Adapter's, but it acts nowhere beside the base: the model's parameters become views of `compute`."""
+
+    def __init__(self, form: Form, device: torch.device, frozen: torch.Tensor | None = None) -> None:
+        self.spec, self.form = form.spec, form
+        self.scale, self.sites = 1.0, ()
+        self.layout = form.layout
+        self._open(elements(self.layout), device, form.dtype, frozen)
+        self.views, self.expert_views = {}, {}
+        self.places = np.full((1, 1 + MOST_MEMBERS), -1, np.int64)
+
+    def initialise(self) -> None:
+        for target, initial in zip(self.tensors_of(self.weights), self.form.initial, strict=True):
+            target.copy_(initial)
+        self.refresh()
+
+    def open_gradient(self) -> None:
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.weights)
+            self.gradients = self.tensors_of(self.gradient)
+
+    def state(self) -> AdapterState:
+        return replace(super().state(), config=self.form.config)

@@ -23,6 +23,7 @@ from tinsmith_api.routes import (
     futures,
     losses,
     openai,
+    openai_requests,
     records,
     sampling,
     sessions,
@@ -175,7 +176,7 @@ def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Respon
 
 def _say(said: str, status: int, request: Request, error: Exception) -> Response:
     if request.url.path.startswith(f"{openai.router.prefix}/"):
-        return reply(openai.error_body(error, status, said), status)
+        return reply(openai_requests.error_body(error, status, said), status)
     return reply({"detail": said}, status)
 
 

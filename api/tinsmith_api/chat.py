@@ -26,6 +26,10 @@ _EMPTY_LOGPROB = -99999.0
 _CHARACTERS_OF_A_TOKEN = 32
 
 
+# The likeliest tokens at one place, and their logprobs.
+Top = tuple[Sequence[int], Sequence[float]]
+
+
 class Refused(InvalidInput):
     """With what OpenAI's clients are told beside the sentence: the parameter that is wrong, and a code."""
 
@@ -136,85 +140,178 @@ class Choice:
 
     @property
     def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
+        return text_of(self.tokens)
 
     @property
     def finish_reason(self) -> str:
-        return "stop" if self.stopped else "length"
+        return finish_reason(self.stopped)
+
+
+def finish_reason(stopped: bool) -> str:
+    return "stop" if stopped else "length"
 
 
 def choice_of(tokenizer: Tokenizer, sequence: pb.SampledSequence, stops: Sequence[str]) -> Choice:
-    ids = np.frombuffer(sequence.tokens, "<i4").tolist()
-    logprobs = np.frombuffer(sequence.logprobs, "<f4").tolist()
-    tokens = _tokens(tokenizer, ids, logprobs, sequence.topk_sampled_logprobs)
     stopped = sequence.stop_reason == pb.STOP_REASON_STOP
-    if stopped and ids[-1] in tokenizer.all_special_ids:
-        tokens.pop()
-    return Choice(_cut(tokens, stops), stopped)
+    reader = Reader(tokenizer, stops)
+    ids = np.frombuffer(sequence.tokens, "<i4").tolist()
+    return Choice([*reader.read(ids, logprobs_of(sequence), top_of(sequence)), *reader.end(stopped)], stopped)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: Sequence[int], answer: pb.SampleResponse) -> list[Token]:
     """The prompt as completions with `echo` give it back; logprobs where they were asked for."""
-    found = np.frombuffer(answer.prompt_logprobs, "<f4").tolist() or [None] * len(prompt)
-    return _tokens(tokenizer, prompt, [None, *found[1:]], answer.topk_prompt_logprobs)
+    reader = Reader(tokenizer, ())
+    logprobs = np.frombuffer(answer.prompt_logprobs, "<f4").tolist() or [None] * len(prompt)
+    top = _table(answer.topk_prompt_logprobs, len(prompt))
+    return [*reader.read(prompt, [None, *logprobs[1:]], top), *reader.end(stopped=False)]
 
 
-def _tokens(
-    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float | None], top: pb.TopkLogprobs
-) -> list[Token]:
-    texts = _pieces(tokenizer, ids)
+def logprobs_of(sequence: pb.SampledSequence) -> list[float]:
+    found: list[float] = np.frombuffer(sequence.logprobs, "<f4").tolist()
+    return found
+
+
+def top_of(sequence: pb.SampledSequence) -> list[Top]:
+    return _table(sequence.topk_sampled_logprobs, len(sequence.tokens) // 4)
+
+
+def _table(top: pb.TopkLogprobs, length: int) -> list[Top]:
     shape = (top.length, top.k)
-    top_ids = np.frombuffer(top.token_ids, "<i4").reshape(shape).tolist() or [[]] * len(ids)
-    top_logprobs = np.frombuffer(top.logprobs, "<f4").reshape(shape).tolist() or [[]] * len(ids)
-    return [
-        Token(text, text or tokenizer.decode(number), logprob, _likeliest(tokenizer, *best))
-        for number, text, logprob, best in zip(
-            ids, texts, logprobs, zip(top_ids, top_logprobs, strict=True), strict=True
-        )
-    ]
+    ids = np.frombuffer(top.token_ids, "<i4").reshape(shape).tolist() or [[]] * length
+    logprobs = np.frombuffer(top.logprobs, "<f4").reshape(shape).tolist() or [[]] * length
+    return list(zip(ids, logprobs, strict=True))
 
 
-def _likeliest(tokenizer: Tokenizer, ids: list[int], logprobs: list[float]) -> list[tuple[str, float]]:
+class Reader:
+    """Reads what was sampled as the text of a choice, in as many parts as it comes, without the stop that
+    ended it. What only later tokens can tell is held back: whether a character goes on, whether a special
+    token was the end, whether a stop begins."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = Watch(stops)
+        # Tokens are decoded together with those before them: some decoders write the first otherwise than the
+        # next. `_known` of `_window` have their text.
+        self._window: list[int] = []
+        self._known = 0
+        # The last token, if what it says is open: what it is if another follows, if none does, and whether it
+        # is a special one.
+        self._undecided: tuple[Token, Token, bool] | None = None
+
+    def read(self, ids: Sequence[int], logprobs: Sequence[float | None], top: Sequence[Top]) -> list[Token]:
+        tokens = []
+        for number, logprob, best in zip(ids, logprobs, top, strict=True):
+            if self._undecided is not None:
+                tokens.append(self._undecided[0])
+            tokens += self._next(number, logprob, best)
+        return self._until_a_stop(tokens)
+
+    def end(self, stopped: bool) -> list[Token]:
+        """What was held back. `stopped`: by a stop, which may be the last token."""
+        rest = []
+        if self._undecided is not None:
+            _, last, is_special = self._undecided
+            rest = [] if stopped and is_special else [last]
+        rest = self._until_a_stop(rest)
+        return rest if self._stops.place is not None else [*rest, *self._stops.held]
+
+    def _next(self, number: int, logprob: float | None, best: Top) -> list[Token]:
+        decode = self._tokenizer.decode
+        before = decode(self._window[: self._known], skip_special_tokens=True)
+        self._window.append(number)
+        piece = decode(self._window, skip_special_tokens=True)[len(before) :]
+        unknown = len(self._window) - self._known
+        is_part = piece.endswith(_NO_CHARACTER) and unknown < _TOKENS_OF_A_CHARACTER
+        if not is_part:
+            self._window, self._known = self._window[self._known :], unknown
+        token = Token(piece, piece or decode([number]), logprob, _likeliest(self._tokenizer, *best))
+        is_special = number in self._tokenizer.all_special_ids
+        if is_part or is_special:
+            followed = replace(token, text="", name=decode([number])) if is_part else token
+            self._undecided = (followed, token, is_special)
+            return []
+        self._undecided = None
+        return [token]
+
+    def _until_a_stop(self, tokens: Sequence[Token]) -> list[Token]:
+        if self._stops.place is not None:
+            return []
+        passed = self._stops.pass_on(tokens)
+        return passed if self._stops.place is None else [*passed, *_cut(self._stops.held, self._stops.place)]
+
+
+def _cut(tokens: Sequence[Token], length: int) -> list[Token]:
+    """Those that make up so much text, and no more."""
+    kept = []
+    for token in tokens:
+        if length <= 0:
+            break
+        kept.append(replace(token, text=token.text[:length]))
+        length -= len(token.text)
+    return kept
+
+
+class Watch:
+    """Passes tokens on until one of `marks` is in their text, which is then at `place` in the text of those
+    that are `held`. Before, those are held whose text may turn out to begin one; and, if `with_space`, the
+    space before it."""
+
+    def __init__(self, marks: Sequence[str], *, with_space: bool = False) -> None:
+        self.held: list[Token] = []
+        self.place: int | None = None
+        self._marks = marks
+        self._with_space = with_space
+        self._longest = max(map(len, marks), default=1)
+
+    def pass_on(self, tokens: Sequence[Token]) -> list[Token]:
+        self.held += tokens
+        if self.place is not None:
+            return []
+        text = text_of(self.held)
+        self.place = min((at for mark in self._marks if (at := text.find(mark)) >= 0), default=None)
+        certain = self._certain(text) if self.place is None else self.place
+        if self._with_space:
+            certain = len(text[:certain].rstrip())
+        count = end = 0
+        for token in self.held:
+            if end + len(token.text) > certain:
+                break
+            count, end = count + 1, end + len(token.text)
+        passed, self.held = self.held[:count], self.held[count:]
+        if self.place is not None:
+            self.place -= end
+        return passed
+
+    def _certain(self, text: str) -> int:
+        """How much of it is before whatever may begin a mark."""
+        start = max(0, len(text) + 1 - self._longest)
+        while start < len(text) and not any(mark.startswith(text[start:]) for mark in self._marks):
+            start += 1
+        return start
+
+
+def text_of(tokens: Sequence[Token]) -> str:
+    return "".join(token.text for token in tokens)
+
+
+def _likeliest(
+    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float]
+) -> list[tuple[str, float]]:
     return [
-        (tokenizer.decode(number), logprob)
+        (tokenizer.decode([number]), logprob)
         for number, logprob in zip(ids, logprobs, strict=True)
         if logprob > _EMPTY_LOGPROB
     ]
 
 
-def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; nothing while a character is incomplete. A few tokens are decoded
-    together with those before them: some decoders write the first otherwise than the next."""
-    pieces: list[str] = []
-    start = read = 0
-    for end in range(1, len(ids) + 1):
-        before = tokenizer.decode(ids[start:read], skip_special_tokens=True)
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
-        may_go_on = end < len(ids) and end - read < _TOKENS_OF_A_CHARACTER
-        if text.endswith(_NO_CHARACTER) and may_go_on:
-            pieces.append("")
-            continue
-        pieces.append(text[len(before) :])
-        start, read = read, end
-    return pieces
-
-
-def _cut(tokens: list[Token], stops: Sequence[str]) -> list[Token]:
-    """Without the first stop and what follows."""
-    text = "".join(token.text for token in tokens)
-    left = min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text) + 1)
-    kept = []
-    for token in tokens:
-        if left <= 0:
-            break
-        kept.append(replace(token, text=token.text[:left]))
-        left -= len(token.text)
-    return kept
+def before_calls() -> "Watch":
+    """Passes on what is text for certain, whatever is called later."""
+    return Watch([_CALL], with_space=True)
 
 
 def calls_of(text: str, tools: Sequence[Json]) -> tuple[str, list[Json]]:
-    """(the text without the calls of these tools that are written in it, the calls). What cannot be read as
-    one, or calls another tool, stays text."""
+    """(the text without the calls of these tools that are written in it, or space at its end, the calls).
+    What cannot be read as one, or calls another tool, stays text."""
     names = {tool["function"]["name"] for tool in tools}
     said, *written = text.split(_CALL)
     calls: list[Json] = []
@@ -227,8 +324,8 @@ def calls_of(text: str, tools: Sequence[Json]) -> tuple[str, list[Json]]:
             continue
         function = {"name": name, "arguments": to_json(arguments).decode()}
         calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        said += behind
-    return (said.strip() if calls else said), calls
+        said += behind if said else behind.lstrip()
+    return (said.rstrip() if calls else said), calls
 
 
 # -- log probabilities -------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ _HEALTHY_SECONDS = 20.0
 _MAX_PAUSE_SECONDS = 10.0
 # How long a worker may take to finish its pass and write its snapshots when asked to stop.
 _DRAIN_SECONDS = 60.0
+# A step of a sample that somebody reads as it is sampled: 128 sequences, with 20 alternatives a token.
+_LINE_BYTES = 1 << 20
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Workers:
         journal: Store,
         *,
         on_done: Callable[[str], None],
+        on_piece: Callable[[str, str], None],
         on_ready: Callable[[], None],
         on_failure: Callable[[str], None],
         command: Sequence[str] = (sys.executable, "-m", "tinsmith_worker"),
@@ -57,6 +60,7 @@ class Workers:
         self.settings = settings
         self.journal = journal
         self.on_done = on_done
+        self.on_piece = on_piece
         self.on_ready = on_ready
         self.on_failure = on_failure
         self.command = command
@@ -138,7 +142,7 @@ class Workers:
             raise
         finally:
             theirs.close()  # or the end of the worker would not end the stream
-        reader, child.writer = await asyncio.open_connection(sock=ours)
+        reader, child.writer = await asyncio.open_connection(sock=ours, limit=_LINE_BYTES)
         try:
             await self._listen(child, reader)
         finally:
@@ -177,6 +181,8 @@ class Workers:
                 word, *rest = line.decode().split()
                 if word == "done":
                     self.on_done(rest[0])
+                elif word == "piece":
+                    self.on_piece(rest[1], rest[2])
                 elif word == "ready":
                     child.was_ready = True
                     child.ready.set()

@@ -27,15 +27,23 @@ _JOB = "tinsmith.job"
 
 
 class Fleet:
-    """Workers that live elsewhere. `on_done` and `on_missed` are called on the event loop."""
+    """Workers that live elsewhere. All of these are called on the event loop. `name`: whom tokens are for."""
 
     ready = True  # what there is of workers is the pools' matter, not this process's
 
     def __init__(
-        self, redis_url: str, *, on_done: Callable[[str], None], on_missed: Callable[[], None]
+        self,
+        redis_url: str,
+        *,
+        name: str,
+        on_done: Callable[[str], None],
+        on_piece: Callable[[str, str], None],
+        on_missed: Callable[[], None],
     ) -> None:
         self._redis_url = redis_url
+        self._name = name
         self._on_done = on_done
+        self._on_piece = on_piece
         self._on_missed = on_missed
 
     async def start(self) -> None:
@@ -45,9 +53,15 @@ class Fleet:
             for request_id in request_ids:
                 self._on_done(request_id)
 
+        def pass_on(pieces: Sequence[tuple[str, str]]) -> None:
+            for request_id, piece in pieces:
+                self._on_piece(request_id, piece)
+
         self._bell = Bell(self._redis_url)
         self._listener = Listener(
             self._redis_url,
+            name=self._name,
+            on_pieces=lambda pieces: loop.call_soon_threadsafe(pass_on, pieces),
             on_done=lambda ids: loop.call_soon_threadsafe(wake, ids),
             on_missed=functools.partial(loop.call_soon_threadsafe, self._on_missed),
         )

@@ -27,6 +27,7 @@ from tinsmith_api.limits import Calls, Limits, LocalCalls
 from tinsmith_api.memory import Memory
 from tinsmith_api.settings import Settings, open_objects
 from tinsmith_api.signer import Signer
+from tinsmith_api.streams import Streams
 from tinsmith_api.uploads import Uploads
 
 Json = dict[str, Any]
@@ -119,6 +120,7 @@ class Service:
         self.objects: ObjectStore = open_objects(settings)
         self.signer = Signer(self.journal)
         self.wakeups = Wakeups()
+        self.streams = Streams()
         self.doorbell = self._open_doorbell()
         self.callers: Memory[Caller] = Memory(seconds=10)
         self.owned: Memory[Any] = Memory(seconds=10)
@@ -139,13 +141,20 @@ class Service:
                 self.settings,
                 self.journal,
                 on_done=self.wakeups.wake,
+                on_piece=self.streams.put,
                 on_ready=self._worker_is_ready,
                 on_failure=self._fail,
             )
         from tinsmith_api.fleet import Fleet
 
         redis = self.settings.redis.get_secret_value()
-        return Fleet(redis, on_done=self.wakeups.wake, on_missed=self._worker_is_ready)
+        return Fleet(
+            redis,
+            name=self.streams.name,
+            on_done=self.wakeups.wake,
+            on_piece=self.streams.put,
+            on_missed=self._worker_is_ready,
+        )
 
     def _open_calls(self) -> Calls:
         if not self.settings.is_fleet:

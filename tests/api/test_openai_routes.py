@@ -1,9 +1,12 @@
 """OpenAI's client against the real routes and journal; a stand-in for the worker decides what is sampled."""
 
+import asyncio
+import base64
 import json
+import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +45,31 @@ class StandIn:
         self.tokenizer = tokenizer
         self.says: str | dict[str, str] | None = ""
         self.tasks: list[pb.SampleTask] = []
+        self.asked: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
 
     async def stop(self) -> None: ...
 
     def ring(self, worker_id: str, request_id: str) -> None:
         (operation,) = self.service.journal.read(lambda c: ops.fetch(c, [request_id])).result()
-        if operation.state != ops.QUEUED or self.says is None:
+        if operation.state != ops.QUEUED:
             return
         self.tasks.append(pb.SampleTask.FromString(operation.payload or b""))
-        outcome: dict[str, Any] = {"error": self.says}
-        if isinstance(self.says, str):
-            outcome = {"body": self._sampled(self.says, self.tasks[-1].num_samples)}
+        self.asked.put((worker_id, request_id))
+        if self.says is not None:
+            self.finish(self.says)
+
+    def finish(self, says: str | dict[str, str]) -> None:
+        """What was asked for last: what it is answered with."""
+        worker_id, request_id = self.asked.get(timeout=10)
+        outcome: dict[str, Any] = {"error": says}
+        if isinstance(says, str):
+            outcome = {"body": self._sampled(says, self.tasks[-1].num_samples)}
         given = {"run_id": None, "worker_id": worker_id, "epoch": 0, **outcome}
         self.service.journal.write(lambda c: ops.finish(c, request_id, **given)).result()
-        self.service.wakeups.wake(request_id)
+        self.loop.call_soon_threadsafe(self.service.wakeups.wake, request_id)
 
     def _sampled(self, text: str, count: int) -> bytes:
         tokens = np.array(self.tokenizer.encode(text), "<i4")
@@ -112,6 +124,12 @@ class Running:
         rows = self.service.journal.read(lambda c: c.execute(found).all()).result()
         return [row.error["error"] if row.error else row.state for row in rows]
 
+    def comes_true(self, what: Callable[[], bool], seconds: float = 10) -> bool:
+        deadline = time.monotonic() + seconds
+        while not what() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return what()
+
     def stop(self) -> None:
         self.http.close()
         self.server.should_exit = True
@@ -161,6 +179,154 @@ def test_characters_of_several_tokens_are_whole_in_a_stream(running: Running) ->
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)
     assert len(pieces) == len(running.worker.tokenizer.encode(text)) + 2  # the role, and the end
+
+
+class Streamed:
+    """A stream that was begun, and the worker's end of it."""
+
+    def __init__(self, running: Running, **asked: Any) -> None:
+        while not running.worker.asked.empty():
+            running.worker.asked.get()
+        running.worker.says = None
+        self.running = running
+        self.events = running.client.completions.create(
+            model=MODEL, prompt="x", stream=True, max_tokens=4000, **asked
+        )
+        self.worker_id, self.request_id = running.worker.asked.get(timeout=10)
+        self.task = running.worker.tasks[-1]
+
+    def put(self, text: list[int], start: int, stop: int, *, ends: bool = False, index: int = 0) -> None:
+        """Tokens [start, stop) of `text`, as a worker sends them."""
+        tokens = np.array(text[start:stop], "<i4")
+        sequence = pb.SampledSequence(tokens=tokens.tobytes(), logprobs=bytes(4 * len(tokens)))
+        piece = pb.SampledPiece(index=index, start=start, sequence=sequence, ends=ends)
+        message = base64.b64encode(pb.SampledPieces(pieces=[piece]).SerializeToString()).decode()
+        service = self.running.service
+        self.running.worker.loop.call_soon_threadsafe(service.streams.put, self.request_id, message)
+
+    def finish(self, says: str | dict[str, str]) -> None:
+        self.running.worker.asked.put((self.worker_id, self.request_id))
+        self.running.worker.finish(says)
+
+    def text(self, tokens: int) -> str:
+        """What the next so many tokens say."""
+        return "".join(next(self.events).choices[0].text for _ in range(tokens))
+
+    def rest(self) -> str:
+        return "".join(event.choices[0].text for event in self.events)
+
+
+@pytest.fixture(scope="module")
+def fable(running: Running) -> tuple[str, list[int]]:
+    text = "The cat sat on the mat, and the dog sat on the cat. " * 3
+    return text, running.worker.tokenizer.encode(text)
+
+
+def test_tokens_are_read_when_they_are_sampled(running: Running, fable: tuple[str, list[int]]) -> None:
+    text, ids = fable
+    stream = Streamed(running)
+    assert stream.task.stream_to == running.service.streams.name
+    said = ""
+    for place in range(8):
+        stream.put(ids, place, place + 1)
+        said += stream.text(1)
+    assert said == running.worker.tokenizer.decode(ids[:8])
+    assert running.outcomes()[-1] == ops.QUEUED
+    stream.finish(text)
+    assert said + stream.rest() == text
+
+
+def test_what_comes_again_is_not_said_again_and_what_was_lost_comes_with_the_result(
+    running: Running, fable: tuple[str, list[int]]
+) -> None:
+    text, ids = fable
+    stream = Streamed(running)
+    stream.put(ids, 0, 5)
+    said = stream.text(5)
+    # The worker died, and another begins anew.
+    for start, stop in ((0, 3), (3, 4), (2, 9)):
+        stream.put(ids, start, stop)
+    said += stream.text(4)
+    stream.put(ids, 10, 12)  # the one before was lost
+    stream.put(ids, 12, 14)
+    stream.finish(text)
+    assert said == running.worker.tokenizer.decode(ids[:9])
+    assert said + stream.rest() == text
+
+
+def test_two_choices_end_when_they_end(running: Running, fable: tuple[str, list[int]]) -> None:
+    text, ids = fable
+    stream = Streamed(running, n=2)
+    stream.put(ids, 0, len(ids), ends=True, index=1)
+    events = [next(stream.events) for _ in range(len(ids) + 1)]
+    assert {event.choices[0].index for event in events} == {1}
+    assert events[-1].choices[0].finish_reason is not None
+    stream.put(ids, 0, len(ids), ends=True, index=1)
+    stream.finish(text)
+    others = [event.choices[0] for event in stream.events]
+    assert {choice.index for choice in others} == {0}
+    assert "".join(choice.text for choice in others) == text
+
+
+@pytest.mark.parametrize("when", ["as it comes", "at the end", "shorter"])
+def test_a_sample_that_came_out_otherwise_ends_its_stream_with_a_sentence(
+    running: Running, fable: tuple[str, list[int]], when: str
+) -> None:
+    _, ids = fable
+    stream = Streamed(running)
+    stream.put(ids, 0, 5)
+    stream.text(5)
+    other = [*ids[:4], ids[4] + 1, *ids[5:]]
+    if when == "as it comes":
+        stream.put(other, 0, 7)
+    else:
+        stream.finish(running.worker.tokenizer.decode(ids[:3] if when == "shorter" else other))
+    with pytest.raises(openai.APIError, match="ask again"):
+        stream.rest()
+
+
+def test_a_slow_reader_holds_no_more_than_its_room_and_gets_everything(
+    running: Running, fable: tuple[str, list[int]]
+) -> None:
+    text = fable[0] * 200
+    ids = running.worker.tokenizer.encode(text)
+    stream = Streamed(running)
+    pieces = running.service.streams._readers[stream.request_id]
+    waiting = []
+    for place in range(len(ids)):
+        stream.put(ids, place, place + 1)
+        waiting.append(pieces._bytes)
+    del pieces
+    assert len(ids) > 10_000
+    assert (250 << 10) < max(waiting) <= 256 << 10, "so some had no room"
+    stream.finish(text)
+    assert stream.rest() == text
+
+
+def test_nobody_is_known_as_a_reader_who_is_gone(running: Running, fable: tuple[str, list[int]]) -> None:
+    stream = Streamed(running)
+    stream.put(fable[1], 0, 2)
+    stream.text(2)
+    assert len(running.service.streams._readers) == 1
+    stream.events.close()
+    assert running.comes_true(lambda: not running.service.streams._readers)
+    assert running.comes_true(lambda: running.outcomes()[-1] == "cancelled by its client")
+
+
+def test_what_a_stream_says_about_its_prompt_comes_first(
+    running: Running, fable: tuple[str, list[int]]
+) -> None:
+    text, ids = fable
+    stream = Streamed(running, echo=True)
+    assert stream.text(1) == "x"
+    stream.put(ids, 0, 1)
+    assert text.startswith(stream.text(1))
+    stream.finish(text)
+    stream.rest()
+    scored = Streamed(running, echo=True, logprobs=0)
+    assert not scored.task.stream_to, "its logprobs are part of the result"
+    scored.finish(text)
+    assert scored.rest() == f"x{text}"
 
 
 def test_what_is_asked_reaches_the_sampler(running: Running) -> None:

@@ -5,8 +5,10 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.conftest import RunningFleet
@@ -65,6 +67,59 @@ def test_a_dead_worker_s_run_goes_on_elsewhere_within_fifteen_seconds(fleet: Run
     assert _worker_of(fleet, run) != before
     fleet.paused.remove(holder)
     wait_until(lambda: len(fleet.ready_workers()) == 2, 60, "the worker's return")
+
+
+@pytest.mark.slow
+def test_a_sample_whose_worker_dies_is_sampled_elsewhere_with_its_seed_and_answered_once(
+    fleet: RunningFleet,
+) -> None:
+    wire = Wire(fleet.url, fleet.key)
+    wait_until(lambda: len(fleet.ready_workers()) == 2, 120, "the second worker")
+    time.sleep(1.5)  # pools are looked up once a second
+    sampler = wire.post(
+        "/create_sampling_session", session_id=wire.session(), sampling_session_seq_id=0, base_model=MODEL
+    )["sampling_session_id"]
+    params = {"max_tokens": 400, "seed": 8, "temperature": 2, "stop": []}
+    row = "select worker_id, state from operations where request_id = ?"
+    started = time.monotonic()
+    first = wire.sample(sampler, 0, [5, 6, 7], params=params, num_samples=4)
+    calm = wire.sampled(first)
+    seconds = time.monotonic() - started
+    ((holder, _),) = fleet.sql(row, first["request_id"])  # of whatever this sampler is asked
+    process = _process_of(fleet, holder)
+
+    future = wire.sample(sampler, 1, [5, 6, 7], params=params, num_samples=4)
+    time.sleep(0.4 * seconds)
+    fleet.paused.add(process)  # its machine is gone
+    fleet.processes[process].kill()
+    assert fleet.sql(row, future["request_id"]) == [(holder, "queued")], "in the middle"
+    answer = wire.sampled(future)
+    assert [s.tokens for s in answer.sequences] == [s.tokens for s in calm.sequences]
+    ((elsewhere, state),) = fleet.sql(row, future["request_id"])
+    assert (elsewhere != holder, state) == (True, "done")
+    assert wire.sampled(future) == answer, "a result does not change"
+    sampled = "select sum(amount) from usage where kind = 'sample' and subject = ?"
+    assert fleet.sql(sampled, sampler) == [(2 * 4 * 400,)], "counted once"
+    fleet.paused.remove(process)
+    wait_until(lambda: len(fleet.ready_workers()) == 2, 60, "the worker's return")
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_where_it_was_when_all_workers_are_killed(fleet: RunningFleet) -> None:
+    """Read through the second API process: the workers' tokens reach the one that is asked."""
+    client = openai.OpenAI(base_url=f"{fleet.urls[1]}/v1", api_key=fleet.key, max_retries=0, timeout=120)
+    asked: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "temperature": 50, "seed": 3}
+    calm = client.completions.create(**asked, max_tokens=300).choices[0].text
+    said, count = "", 0
+    for event in client.completions.create(**asked, max_tokens=300, stream=True):
+        said += event.choices[0].text
+        count += 1
+        if count == 30:
+            assert fleet.sql("select state from operations where request_id = ?", event.id) == [("queued",)]
+            fleet.kill_worker()
+    assert count > 100
+    assert said == calm
+    wait_until(lambda: len(fleet.ready_workers()) == 2, 60, "the workers' return")
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ WEATHER = {
         },
     },
 }
-# Near every token is as likely as the next: four sequences do not all end early.
+# Many tokens are as likely as the next, at 50 all: four sequences do not all end early.
 LASTING: dict[str, Any] = {"model": MODEL, "n": 4, "temperature": 2, "seed": 3}
 ASKED = [{"role": "user", "content": "How is the weather in Liwa?"}]
 
@@ -248,6 +248,31 @@ def test_streams_bring_the_same_text_and_then_the_usage(client: openai.OpenAI) -
     assert offsets == text.logprobs.text_offset
 
 
+@pytest.mark.parametrize("form", ["completions", "chat"])
+def test_the_first_token_is_read_long_before_the_last_is_sampled(
+    service: Service, client: openai.OpenAI, form: str
+) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 600, "temperature": 50, "seed": 4, "stream": True}
+    if form == "chat":
+        events = iter(client.chat.completions.create(**asked, messages=ADD))
+        next(events)  # the role
+    else:
+        events = iter(client.completions.create(**asked, prompt="The cat"))
+    started = time.monotonic()
+    first = next(events)
+    until_first = time.monotonic() - started
+    state = "select state from operations where request_id = ?"
+    assert service.sql(state, first.id) == [("queued",)], "it is still being sampled"
+    count = 1
+    for _ in events:
+        count += 1
+        if count == 100:
+            assert service.sql(state, first.id) == [("queued",)], "and after a hundred tokens, too"
+    assert count > 300
+    whole = time.monotonic() - started
+    assert until_first < whole / 3, (until_first, whole)
+
+
 # -- tools -------------------------------------------------------------------------------------------------
 
 
@@ -389,24 +414,39 @@ class ThreadedCall:
 # -- what goes wrong ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_killed_worker_costs_time_only(alone: RunningService, stream: bool) -> None:
+def test_a_killed_worker_costs_time_only(alone: RunningService) -> None:
     client = open_client(alone)
     asked: dict[str, Any] = {**LASTING, "prompt": [5, 6, 7], "max_tokens": 300}
-    calm = [choice.text for choice in client.completions.create(**asked).choices]
 
     def ask() -> list[str]:
-        if not stream:
-            return [choice.text for choice in client.completions.create(**asked).choices]
-        texts = ["", "", "", ""]
-        for event in client.completions.create(**asked, stream=True):
-            texts[event.choices[0].index] += event.choices[0].text
-        return texts
+        return [choice.text for choice in client.completions.create(**asked).choices]
 
+    calm = ask()
     with ThreadedCall(ask) as call:
         assert comes_true(lambda: queued(alone) == 1)
         alone.kill_worker()
     assert call.result == calm
+
+
+def test_a_stream_whose_workers_are_killed_goes_on_where_it_was(alone: RunningService) -> None:
+    """Twice: the third worker passes over what the first two said."""
+    client = open_client(alone)
+    asked: dict[str, Any] = {**LASTING, "temperature": 50, "prompt": [5, 6, 7], "max_tokens": 400}
+    asked["logprobs"] = 1
+    calm = client.completions.create(**asked).choices
+    texts, tokens = ["", "", "", ""], [0, 0, 0, 0]
+    kills = [40, 500]
+    for event in client.completions.create(**asked, stream=True):
+        (choice,) = event.choices
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs is not None and len(choice.logprobs.tokens or [])
+        if kills and sum(tokens) >= kills[0]:
+            kills.pop(0)
+            assert queued(alone) == 1, "in the middle"
+            alone.kill_worker()
+    assert not kills
+    assert texts == [choice.text for choice in calm]
+    assert tokens == [len(c.logprobs.tokens or []) for c in calm if c.logprobs is not None]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -414,6 +454,11 @@ def test_a_client_that_hangs_up_gives_its_samples_up(service: Service, stream: b
     before = cancelled(service)
     body = {**LASTING, "prompt": [[5, 6], [7, 8]], "max_tokens": 4000, "stream": stream}
     headers = {"authorization": f"Bearer {service.key}"}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{service.url}/v1/completions", json=body, headers=headers, timeout=1)
+    with httpx.Client(headers=headers, timeout=1) as http:
+        if stream:
+            with http.stream("POST", f"{service.url}/v1/completions", json=body) as events:
+                next(events.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post(f"{service.url}/v1/completions", json=body)
     assert comes_true(lambda: cancelled(service) == before + 2)

@@ -89,7 +89,13 @@ def test_who_had_no_database_for_longer_than_a_lease_gives_up_nobody(members: Me
 
 def test_a_dead_worker_is_given_up_and_everybody_is_told_to_look(members: Members) -> None:
     missed = threading.Event()
-    listener = Listener(members.redis.url, on_done=lambda _: None, on_missed=missed.set)
+    listener = Listener(
+        members.redis.url,
+        name="api",
+        on_done=lambda _: None,
+        on_pieces=lambda _: None,
+        on_missed=missed.set,
+    )
     listener.start()
     members.join("w1")
     members.join("w2")
@@ -102,6 +108,35 @@ def test_a_dead_worker_is_given_up_and_everybody_is_told_to_look(members: Member
     members.lines["w2"].heal()
     assert members.given_up.get(timeout=10) == "w2"
     listener.close()
+
+
+def test_tokens_reach_the_process_that_they_are_for(members: Members) -> None:
+    heard: dict[str, list[tuple[str, str]]] = {"one": [], "two": []}
+    is_listening = {name: threading.Event() for name in heard}
+    done: list[str] = []
+    listeners = [
+        Listener(
+            members.redis.url,
+            name=name,
+            on_done=done.extend,
+            on_pieces=heard[name].extend,
+            on_missed=is_listening[name].set,
+        )
+        for name in heard
+    ]
+    for listener in listeners:
+        listener.start()
+    assert all(event.wait(10) for event in is_listening.values())
+    time.sleep(0.2)  # each has two channels
+    line = members.join("w1")
+    line.send("piece", "one", "r1", "dG9rZW4=")
+    line.send("piece", "two", "r2", "")
+    line.send("piece", "nobody", "r3", "dG9rZW4=")
+    line.send("done", "r1")
+    wait_until(lambda: done == ["r1", "r1"], 10, "the word to both")
+    assert heard == {"one": [("r1", "dG9rZW4=")], "two": [("r2", "")]}
+    for listener in listeners:
+        listener.close()
 
 
 def test_the_queue_of_a_worker_that_was_killed_does_not_stay_in_redis(

@@ -708,6 +708,53 @@ def test_sequences_that_step_back_are_what_they_would_have_been(
     assert small._places.pages.available == small._places.pages.count
 
 
+def test_tokens_that_are_streamed_are_those_of_the_result_once_each(
+    base: Base, states: dict[str, AdapterState]
+) -> None:
+    """Where sequences make room for each other, too."""
+    small = make(base, states, SamplerSettings(cache_bytes=100 * CELL_BYTES, page_tokens=4))
+    asked = [
+        request(
+            str(n), "wide" if n % 2 else "", num_samples=2, seed=n, max_tokens=30, topk_sample_logprobs=n,
+            is_streamed=n < 3,
+        )
+        for n in range(4)
+    ]  # fmt: skip
+    for given in asked:
+        small.add(given)
+    pieces, found, first_seen = [], {}, 0
+    while small.busy:
+        for done in small.step():
+            assert isinstance(done, SampleOutput)
+            found[done.request_id] = done
+        pieces += small.pieces()
+        first_seen = first_seen or (len(pieces) and not found)
+    assert first_seen, "before anything was finished"
+    assert {piece.request_id for piece in pieces} == {"0", "1", "2"}
+    for given in asked[:3]:
+        for index, whole in enumerate(found[given.request_id].sequences):
+            own = [p for p in pieces if (p.request_id, p.index) == (given.request_id, index)]
+            assert [p.start for p in own] == list(range(30))
+            assert [p.ends for p in own] == [False] * 29 + [True]
+            assert np.concatenate([p.sequence.tokens for p in own]).tolist() == whole.tokens.tolist()
+            assert np.concatenate([p.sequence.logprobs for p in own]).tolist() == whole.logprobs.tolist()
+            if whole.topk is not None:
+                tops = [p.sequence.topk.token_ids for p in own if p.sequence.topk is not None]
+                assert np.concatenate(tops).tolist() == whole.topk.token_ids.tolist()
+
+
+def test_what_is_scored_at_its_end_is_not_streamed_before(base: Base) -> None:
+    engine = TorchEngine(base)
+    exact = TorchSampler(base, score=engine.score)
+    exact.add(request("plain", is_streamed=True))
+    exact.add(request("narrowed", is_streamed=True, top_k=3))
+    pieces = []
+    while exact.busy:
+        exact.step()
+        pieces += exact.pieces()
+    assert {piece.request_id for piece in pieces} == {"narrowed"}
+
+
 def test_adapters_that_do_not_fit_beside_each_other_take_turns(
     base: Base, sampler: TorchSampler, states: dict[str, AdapterState]
 ) -> None:

@@ -1,5 +1,8 @@
 """Who samples next: requests between the intake and the sampler, with a sampler that grows a token a step."""
 
+import base64
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,6 +15,7 @@ from tinsmith_worker.contract import (
     AdapterState,
     Failure,
     LoraSpec,
+    SampledPiece,
     SampledSequence,
     SampleInput,
     SampleOutput,
@@ -19,6 +23,7 @@ from tinsmith_worker.contract import (
 from tinsmith_worker.intake import Intake, SampleArrived, WeightsRead
 from tinsmith_worker.outbox import Outbox
 from tinsmith_worker.sampling import Sampling
+from tinsmith_worker.streaming import Streaming
 
 TOKENS = 10
 
@@ -48,6 +53,14 @@ class Growing:
 
     def cancel(self, request_id: str) -> None:
         self.growing.pop(request_id, None)
+
+    def pieces(self) -> list[SampledPiece]:
+        nothing = SampledSequence(np.zeros(0, np.int32), np.zeros(0, np.float32), stopped=False)
+        return [
+            SampledPiece(request_id, 0, TOKENS - left, nothing, ends=False)
+            for request_id, (given, left) in self.growing.items()
+            if given.is_streamed
+        ]
 
     def step(self) -> list[SampleOutput | tuple[str, Failure]]:
         while self.waiting and sum(g.num_samples for g, _ in self.growing.values()) < 256:
@@ -99,16 +112,24 @@ class Ends:
 def sampling(**settings: Any) -> tuple[Sampling, Growing, Ends]:
     sampler, ends = Growing(), Ends()
     ends.busy_with = lambda: sampler.busy
-    settings = {"suspect": ends.suspect, "samplers_held": 2, **settings}
+    settings = {"suspect": ends.suspect, "stream": lambda *_: None, "samplers_held": 2, **settings}
     made = Sampling(sampler, cast(Intake, ends), cast(Outbox, ends), **settings)
     return made, sampler, ends
 
 
 def arrived(
-    request_id: str, tenant: str, *, prefix: str = "", num_samples: int = 1, deaths: int = 0
+    request_id: str,
+    tenant: str,
+    *,
+    prefix: str = "",
+    num_samples: int = 1,
+    deaths: int = 0,
+    stream_to: str = "",
 ) -> SampleArrived:
-    task = pb.SampleTask(object_prefix=prefix, num_samples=num_samples)
-    given = SampleInput(request_id, prefix, np.zeros(1, np.int32), num_samples, TOKENS, 1)
+    task = pb.SampleTask(object_prefix=prefix, num_samples=num_samples, stream_to=stream_to)
+    given = SampleInput(
+        request_id, prefix, np.zeros(1, np.int32), num_samples, TOKENS, 1, is_streamed=bool(stream_to)
+    )
     operation = Operation("s", 1, ops.SAMPLE, tenant, "m", request_id=request_id, deaths=deaths)
     return SampleArrived(operation, task, given)
 
@@ -118,6 +139,44 @@ def step(made: Sampling) -> None:
 
 
 WEIGHTS = AdapterState(LoraSpec(1, 1), (), np.zeros(1, np.float32))
+
+
+def test_tokens_go_to_whoever_reads_them_until_the_sample_is_given_up() -> None:
+    sent: list[tuple[str, str, int]] = []
+    made, _, ends = sampling(stream=lambda to, request_id, pieces: sent.append((to, request_id, len(pieces))))
+    for request_id, to in (("a", "one"), ("b", "two"), ("c", "")):
+        made.begin(arrived(request_id, "t", stream_to=to))
+    step(made)
+    assert sent == [("one", "a", 1), ("two", "b", 1)]
+    made.cancel("b")
+    sent.clear()
+    step(made)
+    assert sent == [("one", "a", 1)]
+    while made.busy:
+        step(made)
+    assert sorted(ends.finished) == ["a", "c"]
+
+
+def test_tokens_that_nobody_takes_keep_nobody_waiting_and_are_left_out() -> None:
+    may_send, sent = threading.Event(), []
+
+    def send(*words: str) -> None:
+        may_send.wait()
+        sent.append(words)
+
+    streaming = Streaming(send)
+    token = SampledSequence(np.full(1, 7, np.int32), np.zeros(1, np.float32), stopped=False)
+    for number in range(5000):
+        streaming.send("api", "r", [SampledPiece("r", 0, number, token, ends=False)])
+    may_send.set()
+    deadline = time.monotonic() + 10
+    while len(sent) < 1024 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 1024 <= len(sent) <= 1026
+    word, to, request_id, message = sent[0]
+    assert (word, to, request_id) == ("piece", "api", "r")
+    (piece,) = pb.SampledPieces.FromString(base64.b64decode(message)).pieces
+    assert (piece.start, piece.sequence.tokens, piece.ends) == (0, token.tokens.tobytes(), False)
 
 
 def test_a_thousand_requests_of_one_tenant_do_not_double_another_s_wait() -> None:

@@ -16,7 +16,7 @@ from tinsmith_api.journal import audit, checkpoints, usage
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.tables import sampled_sequences
-from tinsmith_worker.contract import Failure, SampledSequence, SampleOutput
+from tinsmith_worker.contract import Failure, SampledPiece, SampledSequence, SampleOutput
 from tinsmith_worker.targets import answered
 
 Json = dict[str, Any]
@@ -131,6 +131,12 @@ def sampled(output: SampleOutput, task: pb.SampleTask) -> bytes:
         message.prompt_alt_tokens.tokens.CopyFrom(samples.dense(output.prompt_alt_tokens.token_ids))
         message.prompt_alt_tokens.logprobs.CopyFrom(samples.dense(output.prompt_alt_tokens.logprobs))
     return message.SerializeToString()
+
+
+def piece(given: SampledPiece) -> pb.SampledPiece:
+    return pb.SampledPiece(
+        index=given.index, start=given.start, sequence=_sequence(given.sequence), ends=given.ends
+    )
 
 
 def used(output: SampleOutput, task: pb.SampleTask) -> dict[str, int]:

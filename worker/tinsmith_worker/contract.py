@@ -117,6 +117,7 @@ class SampleInput:
     target_prompt_logprobs: npt.NDArray[np.int64] | None = None  # [prompt - 1, K]; -1 in an empty cell
     prompt_alt_tokens_k: int = 0
     tenant_id: str = ""  # nobody else's prompts are known to have been read before
+    is_streamed: bool = False  # somebody reads its tokens as they come
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,17 @@ class SampledSequence:
     logprobs: npt.NDArray[np.float32]
     stopped: bool  # by a stop token or string; else by length
     topk: TopK | None = None
+
+
+@dataclass(frozen=True)
+class SampledPiece:
+    """Tokens of sequence `index` that come after its first `start`; its last ones if `ends`."""
+
+    request_id: str
+    index: int
+    start: int
+    sequence: SampledSequence
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -249,6 +261,11 @@ class Sampler(Protocol):
     def add(self, given: SampleInput) -> None: ...
     def step(self) -> list[SampleOutput | tuple[str, Failure]]:
         """One decode step of everything under way (prefilling what is new); what finished."""
+        ...
+
+    def pieces(self) -> list[SampledPiece]:
+        """Tokens that came back since this was called last, of requests that are streamed. What is left out
+        comes with the whole."""
         ...
 
     def cancel(self, request_id: str) -> None: ...

@@ -62,6 +62,8 @@ class FleetChannel:
         if words[0] == "done":
             self._rung.pop(words[1], None)
             self._announcer.announce(words[1])
+        elif words[0] == "piece":
+            self._announcer.pass_on(*words[1:])
         elif words[0] == "ready":
             self._is_ready = True
         elif words[0] == "leaving":

@@ -501,4 +501,5 @@ def sample_input(request_id: str, task: pb.SampleTask, *, tenant_id: str = "") -
         topk_sample_logprobs=task.topk_sample_logprobs,
         target_prompt_logprobs=targets,
         prompt_alt_tokens_k=task.prompt_alt_tokens_k,
+        is_streamed=bool(task.stream_to),
     )

@@ -13,6 +13,7 @@ from tinsmith_worker.contract import (
     LoraSpec,
     ModelFacts,
     OptimizerParams,
+    SampledPiece,
     SampledSequence,
     SampleInput,
     SampleOutput,
@@ -118,6 +119,9 @@ class NullSampler:
     def step(self) -> list[SampleOutput | tuple[str, Failure]]:
         waiting, self._waiting = self._waiting, []
         return [_sampled(given) for given in waiting]
+
+    def pieces(self) -> list[SampledPiece]:
+        return []
 
     @property
     def busy(self) -> bool:

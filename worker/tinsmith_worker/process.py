@@ -62,6 +62,7 @@ from tinsmith_worker.outbox import Outbox
 from tinsmith_worker.sampling import Sampling
 from tinsmith_worker.schedule import FORWARD, FORWARD_BACKWARD, OTHER, Item, Schedule
 from tinsmith_worker.slots import Slots
+from tinsmith_worker.streaming import Streaming
 from tinsmith_worker.under_way import UnderWay
 
 log = logging.getLogger("tinsmith.worker")
@@ -173,6 +174,7 @@ class Worker:
             sampler,
             self.intake,
             self.outbox,
+            stream=Streaming(channel.send).send,
             suspect=lambda sample: journal.write(lambda c: ops.suspect_sample(c, sample)).result(),
             samplers_held=settings.samplers_held,
         )

@@ -10,14 +10,14 @@ training beside it, and the journal says so before. If it is survived, it was in
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tinsmith.errors import InvalidInput
 from tinsmith_api.journal import leases
 from tinsmith_api.journal.operations import Operation
 from tinsmith_worker import answers
-from tinsmith_worker.contract import Failure, SampleOutput, Sampler
+from tinsmith_worker.contract import Failure, SampledPiece, SampleOutput, Sampler
 from tinsmith_worker.intake import Intake, SampleArrived, WeightsRead
 from tinsmith_worker.outbox import Outbox
 
@@ -26,7 +26,8 @@ log = logging.getLogger("tinsmith.worker")
 
 class Sampling:
     """`samplers_held`: how many samplers' weights are kept when nothing samples them. `suspect`: leave word
-    in the journal that this sample is tried now; False if it is no longer ours to try."""
+    in the journal that this sample is tried now; False if it is no longer ours to try. `stream`: send tokens
+    as they come (to whom, of which request, which)."""
 
     def __init__(
         self,
@@ -35,12 +36,14 @@ class Sampling:
         outbox: Outbox,
         *,
         suspect: Callable[[Operation], bool],
+        stream: Callable[[str, str, Sequence[SampledPiece]], None],
         samplers_held: int,
     ) -> None:
         self._sampler = sampler
         self._intake = intake
         self._outbox = outbox
         self._suspect = suspect
+        self._stream_out = stream
         self._samplers_held = samplers_held
         self._samplers: dict[str, None] = {}  # least recently used first
         self._under_way: dict[str, SampleArrived] = {}
@@ -115,7 +118,9 @@ class Sampling:
         """Sample until that time (time.monotonic), at least one step, or until nothing is under way."""
         while self._sampler.busy:
             try:
-                for finished in self._sampler.step():
+                finished_now = self._sampler.step()
+                self._stream()
+                for finished in finished_now:
                     if isinstance(finished, SampleOutput):
                         self._done(finished)
                     else:
@@ -129,6 +134,14 @@ class Sampling:
             self._fill()
             if time.monotonic() >= until and self._tried is None:
                 return
+
+    def _stream(self) -> None:
+        of_request: dict[str, list[SampledPiece]] = {}
+        for piece in self._sampler.pieces():
+            of_request.setdefault(piece.request_id, []).append(piece)
+        for request_id, pieces in of_request.items():
+            if event := self._under_way.get(request_id):
+                self._stream_out(event.task.stream_to, request_id, pieces)
 
     def _fill(self) -> None:
         """Give the places that are free to those that have fewest. One request is always let in; a suspect

@@ -1,5 +1,6 @@
 """The distributed form's doorbell and wake-up: names of operations on Celery queues, of results on Redis
-pub/sub. Nothing here has to arrive: the journal knows everything, and whoever misses a word finds it there.
+pub/sub, and there, too, tokens that somebody reads as they come. Nothing here has to arrive: the journal
+knows everything, and whoever misses a word finds it there.
 """
 
 import logging
@@ -23,6 +24,8 @@ EVERYTHING = "*"
 JOBS_QUEUE = "tinsmith.jobs"
 
 _PAUSE_SECONDS = 0.5
+_PIECES_CHANNEL = "tinsmith.pieces"
+_PIECES_AT_MOST = 1024  # that wait to be sent; the others are left out
 _UNACKED = (".unacked", ".unacked-index", ".unacked-mutex")  # beside each queue
 # What one message carries at most, so that no reader holds up another for long.
 _IDS = 256
@@ -153,21 +156,35 @@ class Announcer(_Sender):
     def announce(self, request_id: str) -> None:
         self._waiting.put((DONE_CHANNEL, request_id))
 
+    def pass_on(self, to: str, request_id: str, pieces: str) -> None:
+        """Tokens of a sample, to the API process that calls itself `to`."""
+        if self._waiting.qsize() < _PIECES_AT_MOST:
+            self._waiting.put((f"{_PIECES_CHANNEL}.{to}", f"{request_id}:{pieces}"))
+
     def _send(self, target: str, names: list[str]) -> None:
         self._redis.publish(target, " ".join(names))
 
 
 class Listener:
-    """Hears of results, on a thread of its own. `on_missed` is called when some may not have been heard of:
-    after every (re)connection, and now and then while there is none."""
+    """Hears of results, and of tokens for `name`, on a thread of its own. `on_missed` is called when some
+    results may not have been heard of: after every (re)connection, and now and then while there is none.
+    `on_pieces` is given (sample, tokens) as `Announcer.pass_on` had them."""
 
     def __init__(
-        self, redis_url: str, *, on_done: Callable[[Sequence[str]], object], on_missed: Callable[[], object]
+        self,
+        redis_url: str,
+        *,
+        name: str,
+        on_done: Callable[[Sequence[str]], object],
+        on_pieces: Callable[[Sequence[tuple[str, str]]], object],
+        on_missed: Callable[[], object],
     ) -> None:
         self._redis = redis.Redis.from_url(
             redis_url, socket_timeout=5, socket_connect_timeout=5, socket_keepalive=True
         )
+        self._pieces_channel = f"{_PIECES_CHANNEL}.{name}"
         self._on_done = on_done
+        self._on_pieces = on_pieces
         self._on_missed = on_missed
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="listen", daemon=True)
@@ -194,21 +211,26 @@ class Listener:
 
     def _listen(self) -> None:
         with self._redis.pubsub() as subscription:
-            subscription.subscribe(DONE_CHANNEL)
+            subscription.subscribe(DONE_CHANNEL, self._pieces_channel)
             pinged = time.monotonic()
             while not self._closing:
                 message = subscription.get_message(timeout=2.0)
                 if message is not None and message["type"] == "subscribe":
                     self._on_missed()
                 elif message is not None and message["type"] == "message":
-                    names = message["data"].decode().split()
-                    self._on_done(names)
-                    if EVERYTHING in names:
-                        self._on_missed()
+                    self._take_in(message["channel"].decode(), message["data"].decode().split())
                 # A connection that is cut in the middle looks like silence.
                 if time.monotonic() - pinged > 2.0:
                     subscription.ping()
                     pinged = time.monotonic()
+
+    def _take_in(self, channel: str, words: list[str]) -> None:
+        if channel == self._pieces_channel:
+            self._on_pieces([(word.partition(":")[0], word.partition(":")[2]) for word in words])
+            return
+        self._on_done(words)
+        if EVERYTHING in words:
+            self._on_missed()
 
 
 class Consumer:

@@ -1,29 +1,28 @@
 """The endpoints that OpenAI's clients know: models, completions, chat completions.
 
 A model is the name of a base model, or the tinker:// address of a checkpoint. Each call becomes samples like
-any other: the same keys, limits, budgets and bills, and a killed worker costs it time only. A stream begins
-at once; its text comes when the sample is finished, since that is when the journal has it.
+any other: the same keys, limits, budgets and bills, and a killed worker costs it time only.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
-from pydantic_core import to_json
-from starlette.background import BackgroundTask
 
-from tinsmith.errors import InvalidInput, NotFound
+from tinsmith.errors import NotFound
 from tinsmith.tokenizer import Tokenizer
+from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api import chat
 from tinsmith_api.bodies import reply, takes
 from tinsmith_api.chat import Choice, Refused, Token
 from tinsmith_api.journal import checkpoints
 from tinsmith_api.owner import Mine, MineToChange, Owner, check_usable
-from tinsmith_api.routes.openai_requests import Asked, Chat, Completion, read
-from tinsmith_api.routes.openai_samples import Answers, SampleFailed, Samples, Weights, submit
+from tinsmith_api.routes.openai_requests import Chat, Completion, read
+from tinsmith_api.routes.openai_samples import Answers, Samples, Weights, submit
+from tinsmith_api.routes.openai_stream import stream
 
 router = APIRouter(prefix="/v1")
 
@@ -31,10 +30,6 @@ Json = dict[str, Any]
 
 _COMPLETION_TOKENS = 16  # without max_tokens; OpenAI's default
 _LISTED = 1000
-# A proxy between takes a silent connection for a dead one.
-_SILENCE_SECONDS = 10.0
-
-
 _TEXT = {"type": ["string", "null"]}
 _MEMBERS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": _TEXT, "code": _TEXT}
 _INNER = {"type": "object", "properties": _MEMBERS, "required": list(_MEMBERS)}
@@ -123,20 +118,31 @@ async def complete(mine: MineToChange, request: Request) -> Response:
     if body.echo and body.logprobs is not None:
         asked |= {"prompt_logprobs": True, "topk_prompt_logprobs": body.logprobs}
     most = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    samples = await submit(mine, request, body, weights, prompts, most, asked)
+    # What is said about the prompt comes with the whole.
+    are_streamed = bool(body.stream) and not (body.echo and body.logprobs is not None)
+    samples = await submit(mine, request, body, weights, prompts, most, asked, are_streamed=are_streamed)
+
+    def echoed(prompt: Sequence[int], answer: pb.SampleResponse) -> list[Token]:
+        return chat.prompt_tokens(tokenizer, prompt, answer) if body.echo else []
 
     def choices_of(answers: Answers) -> list[Choice]:
         choices = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            echoed = chat.prompt_tokens(tokenizer, prompt, answer) if body.echo else []
+            begin = echoed(prompt, answer)
             for sequence in answer.sequences:
                 choice = chat.choice_of(tokenizer, sequence, body.stops)
-                choices.append(replace(choice, tokens=echoed + choice.tokens))
+                choices.append(replace(choice, tokens=begin + choice.tokens))
         return choices
 
     kind = "text_completion"
     if body.stream:
-        return _stream(body, samples, kind, [], lambda answers: _text_pieces(body, choices_of(answers)))
+        count = body.n or 1
+        writings = [
+            TextWriting(body, place * count + index, functools.partial(echoed, prompt))
+            for place, prompt in enumerate(prompts)
+            for index in range(count)
+        ]
+        return stream(body, samples, kind, tokenizer, writings)
     return await _answer(request, samples, kind, lambda answers: _texts(body, choices_of(answers)))
 
 
@@ -144,13 +150,26 @@ def _texts(body: Completion, choices: Sequence[Choice]) -> list[Json]:
     return [_text(body, index, choice.tokens, choice.finish_reason) for index, choice in enumerate(choices)]
 
 
-def _text_pieces(body: Completion, choices: Sequence[Choice]) -> Iterator[Json]:
-    for index, choice in enumerate(choices):
-        offset = 0
-        for token in choice.tokens:
-            yield _text(body, index, [token], None, offset)
-            offset += len(token.text)
-        yield _text(body, index, [], choice.finish_reason, offset)
+@dataclass
+class TextWriting:
+    """One choice of a stream of completions. `echoed`: what it begins with."""
+
+    body: Completion
+    index: int
+    echoed: Callable[[pb.SampleResponse], Sequence[Token]]
+    offset: int = 0
+
+    def begin(self, answer: pb.SampleResponse) -> Iterator[Json]:
+        return self.write(self.echoed(answer))
+
+    def write(self, tokens: Sequence[Token]) -> Iterator[Json]:
+        for token in tokens:
+            yield _text(self.body, self.index, [token], None, self.offset)
+            self.offset += len(token.text)
+
+    def end(self, tokens: Sequence[Token], finish_reason: str) -> Iterator[Json]:
+        yield from self.write(tokens)
+        yield _text(self.body, self.index, [], finish_reason, self.offset)
 
 
 def _text(
@@ -180,16 +199,16 @@ async def complete_chat(mine: MineToChange, request: Request) -> Response:
     prompt = await asyncio.to_thread(prompt_of)
     asked = {"topk_sample_logprobs": body.top_logprobs or 0}
     most = body.max_completion_tokens or body.max_tokens
-    samples = await submit(mine, request, body, weights, [prompt], most, asked)
+    samples = await submit(
+        mine, request, body, weights, [prompt], most, asked, are_streamed=bool(body.stream)
+    )
 
     def choices_of(answers: Answers) -> list[Choice]:
         return [chat.choice_of(tokenizer, sequence, body.stops) for sequence in answers[0].sequences]
 
     if body.stream:
-        begin = [_delta(index, {"role": "assistant", "content": ""}) for index in range(body.n or 1)]
-        return _stream(
-            body, samples, "chat.completion.chunk", begin, lambda answers: _deltas(body, choices_of(answers))
-        )
+        writings = [ChatWriting(body, index) for index in range(body.n or 1)]
+        return stream(body, samples, "chat.completion.chunk", tokenizer, writings)
     return await _answer(
         request, samples, "chat.completion", lambda answers: _messages(body, choices_of(answers))
     )
@@ -205,31 +224,56 @@ def _messages(body: Chat, choices: Sequence[Choice]) -> list[Json]:
                 "index": index,
                 "message": {**message, "tool_calls": calls} if calls else message,
                 "logprobs": chat.chat_logprobs(choice.tokens) if body.logprobs else None,
-                "finish_reason": _reason(choice, calls),
+                "finish_reason": _reason(choice.finish_reason, calls),
             }
         )
     return found
 
 
-def _deltas(body: Chat, choices: Sequence[Choice]) -> Iterator[Json]:
-    """The text token by token; of one with calls in it what is left of it, and then each call."""
-    for index, choice in enumerate(choices):
-        text, calls = chat.calls_of(choice.text, body.offered)
-        pieces = [(text, choice.tokens)] if calls else [(token.text, [token]) for token in choice.tokens]
-        for piece, tokens in pieces:
-            logprobs = chat.chat_logprobs(tokens) if body.logprobs else None
-            yield _delta(index, {"content": piece}, logprobs)
+@dataclass
+class ChatWriting:
+    """One choice of a stream of a conversation. Where tools may be called, what may be a call waits for the
+    end."""
+
+    body: Chat
+    index: int
+    said: str = ""
+
+    def __post_init__(self) -> None:
+        self._text = chat.before_calls() if self.body.offered else None
+
+    def begin(self, answer: pb.SampleResponse) -> Iterator[Json]:
+        yield _delta(self.index, {"role": "assistant", "content": ""})
+
+    def write(self, tokens: Sequence[Token]) -> Iterator[Json]:
+        for token in tokens if self._text is None else self._text.pass_on(tokens):
+            self.said += token.text
+            yield self._content(token.text, [token])
+
+    def end(self, tokens: Sequence[Token], finish_reason: str) -> Iterator[Json]:
+        yield from self.write(tokens)
+        held = [] if self._text is None else self._text.held
+        text, calls = chat.calls_of(self.said + chat.text_of(held), self.body.offered)
+        if calls:
+            yield self._content(text[len(self.said) :], held)
+        else:
+            yield from (self._content(token.text, [token]) for token in held)
         for number, call in enumerate(calls):
-            yield _delta(index, {"tool_calls": [{"index": number, **call}]})
-        yield _delta(index, {}, finish_reason=_reason(choice, calls))
+            yield _delta(self.index, {"tool_calls": [{"index": number, **call}]})
+        yield _delta(self.index, {}, finish_reason=_reason(finish_reason, calls))
+
+    def _content(self, text: str, tokens: Sequence[Token]) -> Json:
+        return _delta(
+            self.index, {"content": text}, chat.chat_logprobs(tokens) if self.body.logprobs else None
+        )
 
 
 def _delta(index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _reason(choice: Choice, calls: Sequence[Json]) -> str:
-    return "tool_calls" if calls and choice.stopped else choice.finish_reason
+def _reason(finish_reason: str, calls: Sequence[Json]) -> str:
+    return "tool_calls" if calls and finish_reason == "stop" else finish_reason
 
 
 async def _room(mine: Owner, weights: Weights) -> int:
@@ -261,60 +305,3 @@ async def _answer(
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _stream(
-    body: Asked, samples: Samples, kind: str, begin: list[Json], read: Callable[[Answers], Iterable[Json]]
-) -> Response:
-    """As server-sent events: `begin` at once, the others when the samples are finished."""
-    head = samples.head(kind)
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    if with_usage:
-        head["usage"] = None
-
-    async def events() -> AsyncIterator[bytes]:
-        for choice in begin:
-            yield _event({**head, "choices": [choice]})
-        answers = asyncio.ensure_future(samples.answers())
-        try:
-            while not (await asyncio.wait((answers,), timeout=_SILENCE_SECONDS))[0]:
-                yield b": still sampling\n\n"
-            found = answers.result()
-        except (InvalidInput, SampleFailed) as error:
-            yield _event(error_body(error, 400 if isinstance(error, InvalidInput) else 500))
-            return
-        finally:
-            answers.cancel()
-        for choice in await asyncio.to_thread(read, found):
-            yield _event({**head, "choices": [choice]})
-        if with_usage:
-            yield _event({**head, "choices": [], "usage": samples.usage(found)})
-        yield b"data: [DONE]\n\n"
-
-    return StreamingResponse(
-        events(),
-        media_type="text/event-stream",
-        headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-        background=BackgroundTask(samples.let_go),  # run, too, when the client has hung up
-    )
-
-
-def _event(value: Json) -> bytes:
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-_KINDS: dict[int, tuple[str, str | None]] = {
-    401: ("authentication_error", "invalid_api_key"),
-    402: ("insufficient_quota", "insufficient_quota"),
-    403: ("permission_error", None),
-    429: ("rate_limit_error", "rate_limit_exceeded"),
-    500: ("server_error", None),
-    503: ("server_error", None),
-}
-
-
-def error_body(error: Exception, status: int, said: str = "") -> Json:
-    """`said`, or the error's own sentence, as OpenAI's clients read it."""
-    kind, code = _KINDS.get(status, ("invalid_request_error", None))
-    param, code = getattr(error, "param", None), getattr(error, "code", None) or code
-    return {"error": {"message": said or str(error), "type": kind, "param": param, "code": code}}

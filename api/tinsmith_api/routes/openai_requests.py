@@ -183,3 +183,20 @@ def _refusal(error: ValidationError) -> Refused:
     if worst["type"] == "extra_forbidden":
         return Refused(f"{param} is not known here and would have no effect: leave it out", param)
     return Refused(f"{param or 'the body'}: {worst['msg']}", param or None)
+
+
+_KINDS: dict[int, tuple[str, str | None]] = {
+    401: ("authentication_error", "invalid_api_key"),
+    402: ("insufficient_quota", "insufficient_quota"),
+    403: ("permission_error", None),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", None),
+    503: ("server_error", None),
+}
+
+
+def error_body(error: Exception, status: int, said: str = "") -> Json:
+    """`said`, or the error's own sentence, as OpenAI's clients read it."""
+    kind, code = _KINDS.get(status, ("invalid_request_error", None))
+    param, code = getattr(error, "param", None), getattr(error, "code", None) or code
+    return {"error": {"message": said or str(error), "type": kind, "param": param, "code": code}}

@@ -22,6 +22,7 @@ from tinsmith_api.owner import Owner
 from tinsmith_api.routes.futures import cancel, outcome_of
 from tinsmith_api.routes.openai_requests import Asked
 from tinsmith_api.samples import Sample, task_of
+from tinsmith_api.streams import Pieces
 
 Json = dict[str, Any]
 Answers = Sequence[pb.SampleResponse]
@@ -51,6 +52,8 @@ class Samples:
     model: str
     request_ids: list[str]
     prompt_tokens: int
+    are_streamed: bool = False
+    pieces: Pieces = field(default_factory=Pieces)  # of what is streamed
     are_finished: bool = False
     created_at: int = field(default_factory=lambda: int(time.time()))
 
@@ -96,8 +99,10 @@ async def submit(
     prompts: Sequence[Sequence[int]],
     max_tokens: int | None,
     asked: Json,
+    *,
+    are_streamed: bool,
 ) -> Samples:
-    """All of them, or none."""
+    """All of them, or none. `are_streamed`: their tokens are to be read as they come."""
     facts = await mine.service.facts(weights.base_model)
     room = facts.max_context_length
     params = {
@@ -128,6 +133,7 @@ async def submit(
             task = task_of(sample, facts)
             task.object_prefix = weights.object_prefix or ""
             task.default_stop = True  # a stop of the caller's is one more, and not the only one
+            task.stream_to = mine.service.streams.name if are_streamed else ""
             tasks.append(task)
         most = sum(map(_tokens_at_most, tasks))
         if most > _MAX_TOKENS:
@@ -153,9 +159,12 @@ async def submit(
         )
         for prompt, task in zip(prompts, tasks, strict=True)
     ]
+    pieces = Pieces()
+    for operation in operations:
+        mine.service.streams.read(operation.request_id, pieces)
     outcomes = await asyncio.gather(*map(mine.submit, operations), return_exceptions=True)
     entered = [outcome["request_id"] for outcome in outcomes if not isinstance(outcome, BaseException)]
-    samples = Samples(mine, body.model, entered, sum(map(len, prompts)))
+    samples = Samples(mine, body.model, entered, sum(map(len, prompts)), are_streamed, pieces)
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             await samples.let_go()

@@ -275,7 +275,7 @@ class SampleResponse(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[SampledSequence, _Mapping]]] = ..., prompt_logprobs: _Optional[bytes] = ..., topk_prompt_logprobs: _Optional[_Union[TopkLogprobs, _Mapping]] = ..., prompt_cache_hit_tokens: _Optional[int] = ..., target_prompt_logprobs: _Optional[_Union[Tensor, _Mapping]] = ..., prompt_alt_tokens: _Optional[_Union[PromptAltTokens, _Mapping]] = ...) -> None: ...
 
 class SampleTask(_message.Message):
-    __slots__ = ("prompt", "num_samples", "max_tokens", "seed", "temperature", "top_k", "top_p", "default_stop", "stop_tokens", "stop_strings", "prompt_logprobs", "prompt_logprobs_last_n", "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k", "object_prefix", "sequence_ids", "record_stability_info")
+    __slots__ = ("prompt", "num_samples", "max_tokens", "seed", "temperature", "top_k", "top_p", "default_stop", "stop_tokens", "stop_strings", "prompt_logprobs", "prompt_logprobs_last_n", "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k", "object_prefix", "sequence_ids", "record_stability_info", "stream_to")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -295,6 +295,7 @@ class SampleTask(_message.Message):
     OBJECT_PREFIX_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     RECORD_STABILITY_INFO_FIELD_NUMBER: _ClassVar[int]
+    STREAM_TO_FIELD_NUMBER: _ClassVar[int]
     prompt: bytes
     num_samples: int
     max_tokens: int
@@ -314,4 +315,23 @@ class SampleTask(_message.Message):
     object_prefix: str
     sequence_ids: _containers.RepeatedScalarFieldContainer[str]
     record_stability_info: bool
-    def __init__(self, prompt: _Optional[bytes] = ..., num_samples: _Optional[int] = ..., max_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., default_stop: bool = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., prompt_logprobs: bool = ..., prompt_logprobs_last_n: _Optional[int] = ..., topk_prompt_logprobs: _Optional[int] = ..., topk_sample_logprobs: _Optional[int] = ..., target_prompt_logprobs: _Optional[_Union[Tensor, _Mapping]] = ..., prompt_alt_tokens_k: _Optional[int] = ..., object_prefix: _Optional[str] = ..., sequence_ids: _Optional[_Iterable[str]] = ..., record_stability_info: bool = ...) -> None: ...
+    stream_to: str
+    def __init__(self, prompt: _Optional[bytes] = ..., num_samples: _Optional[int] = ..., max_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., default_stop: bool = ..., stop_tokens: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., prompt_logprobs: bool = ..., prompt_logprobs_last_n: _Optional[int] = ..., topk_prompt_logprobs: _Optional[int] = ..., topk_sample_logprobs: _Optional[int] = ..., target_prompt_logprobs: _Optional[_Union[Tensor, _Mapping]] = ..., prompt_alt_tokens_k: _Optional[int] = ..., object_prefix: _Optional[str] = ..., sequence_ids: _Optional[_Iterable[str]] = ..., record_stability_info: bool = ..., stream_to: _Optional[str] = ...) -> None: ...
+
+class SampledPieces(_message.Message):
+    __slots__ = ("pieces",)
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    pieces: _containers.RepeatedCompositeFieldContainer[SampledPiece]
+    def __init__(self, pieces: _Optional[_Iterable[_Union[SampledPiece, _Mapping]]] = ...) -> None: ...
+
+class SampledPiece(_message.Message):
+    __slots__ = ("index", "start", "sequence", "ends")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    start: int
+    sequence: SampledSequence
+    ends: bool
+    def __init__(self, index: _Optional[int] = ..., start: _Optional[int] = ..., sequence: _Optional[_Union[SampledSequence, _Mapping]] = ..., ends: bool = ...) -> None: ...

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from tinsmith_worker.adapters import Adapter
-from tinsmith_worker.contract import SampledSequence, SampleInput, SampleOutput, TopK
+from tinsmith_worker.contract import SampledPiece, SampledSequence, SampleInput, SampleOutput, TopK
 from tinsmith_worker.sampler.distribution import COLDEST, PROMPT_STREAM, draw, random_stream
 from tinsmith_worker.sampler.stops import StopRule
 
@@ -126,6 +126,16 @@ class Continuation:
         if topk is not None:
             self._topk.append(topk)
         self.stopped = self.request.stop.ends(self._tokens[: self.count])
+
+    @property
+    def last_piece(self) -> SampledPiece:
+        """The token that was appended last."""
+        last = slice(self.count - 1, self.count)
+        topk = self._topk[-1] if self._topk else None
+        token = SampledSequence(
+            self._tokens[last].copy(), self._logprobs[last].copy(), stopped=self.stopped, topk=topk
+        )
+        return SampledPiece(self.request.given.request_id, self.index, last.start, token, self.ended)
 
     @property
     def sequence(self) -> SampledSequence:

@@ -12,7 +12,7 @@ import torch
 
 from tinsmith.errors import InvalidInput
 from tinsmith_worker.adapters import Adapter
-from tinsmith_worker.contract import AdapterState, Failure, SampleInput, SampleOutput, TopK
+from tinsmith_worker.contract import AdapterState, Failure, SampledPiece, SampleInput, SampleOutput, TopK
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler.order import by_adapter
 from tinsmith_worker.sampler.pages import Pages
@@ -76,6 +76,7 @@ class TorchSampler:
         self._launched: deque[Launched] = deque()
         self._complete: list[Request] = []
         self._done: list[SampleOutput | tuple[str, Failure]] = []
+        self._pieces: list[SampledPiece] = []
         self._score = score
         self._runner = Runner(base, self.settings.max_sequences, self.settings.page_tokens)
         pages = Pages(self._open_cache(), self.settings.page_tokens)
@@ -141,6 +142,10 @@ class TorchSampler:
         self._deliver()
         done, self._done = self._done, []
         return done
+
+    def pieces(self) -> list[SampledPiece]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
     def cancel(self, request_id: str) -> None:
         self._drop(request_id)
@@ -310,6 +315,8 @@ class TorchSampler:
             if k and table is not None:
                 topk = TopK(table.token_ids[row : row + 1, :k], table.logprobs[row : row + 1, :k])
             continuation.append(tokens[row], chosen[row], topk)
+            if continuation.request.given.is_streamed and not self._scores(continuation.request):
+                self._pieces.append(continuation.last_piece)
             if continuation.ended:
                 ended.append(continuation)
         self._finish(ended)
@@ -326,7 +333,7 @@ class TorchSampler:
         """Answer the requests that are complete."""
         complete, self._complete = self._complete, []
         for request in complete:
-            if self._score is not None and request.is_plain:
+            if self._score is not None and self._scores(request):
                 try:
                     self._rescore(request, self._score)
                 except RuntimeError as error:
@@ -335,6 +342,10 @@ class TorchSampler:
                     self._done.append((request.given.request_id, Failure(message, "server")))
                     continue
             self._done.append(request.output)
+
+    def _scores(self, request: Request) -> bool:
+        """Whether what is said about its tokens is known when all are there, and not before."""
+        return self._score is not None and request.is_plain
 
     def _rescore(self, request: Request, score: Score) -> None:
         prompt = request.given.prompt

@@ -1,0 +1,49 @@
+"""Tokens that came before their sample was finished, between the workers and whoever reads them."""
+
+import asyncio
+import uuid
+import weakref
+from collections import deque
+
+# Of one reader. Whoever reads slower than is sampled gets the rest from the journal, when it is there.
+_WAITING_BYTES = 256 << 10
+
+
+class Pieces:
+    """What waits for one reader: (sample, pb.SampledPieces in base64), in the order in which it came."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[str, str]] = deque()
+        self._bytes = 0
+        self._came = asyncio.Event()
+
+    def put(self, request_id: str, pieces: str) -> None:
+        """Kept if there is room."""
+        if self._bytes + len(pieces) <= _WAITING_BYTES:
+            self._waiting.append((request_id, pieces))
+            self._bytes += len(pieces)
+            self._came.set()
+
+    async def next(self) -> tuple[str, str]:
+        while not self._waiting:
+            self._came.clear()
+            await self._came.wait()
+        request_id, pieces = self._waiting.popleft()
+        self._bytes -= len(pieces)
+        return request_id, pieces
+
+
+class Streams:
+    """Who reads which samples. `name`: of this process, to the workers. A reader is known here as long as
+    somebody holds its `Pieces`."""
+
+    def __init__(self) -> None:
+        self.name = uuid.uuid4().hex
+        self._readers: weakref.WeakValueDictionary[str, Pieces] = weakref.WeakValueDictionary()
+
+    def read(self, request_id: str, pieces: Pieces) -> None:
+        self._readers[request_id] = pieces
+
+    def put(self, request_id: str, pieces: str) -> None:
+        if (reader := self._readers.get(request_id)) is not None:
+            reader.put(request_id, pieces)

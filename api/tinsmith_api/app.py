@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinsmith.errors import AuthenticationError, InvalidInput, NotFound
@@ -87,6 +88,7 @@ def make_app(service: Service) -> FastAPI:
             _describe(route)
     for kind, status in _STATUS.items():
         app.add_exception_handler(kind, _answer_with(status))
+    app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(sa.exc.DataError, _cannot_be_stored)
     app.add_exception_handler(Exception, _unexpected)
@@ -118,6 +120,10 @@ class Measured:
             # Not the path itself: it holds names, and those are without number.
             route = getattr(scope.get("route"), "path", "other")
             metrics.HTTP_SECONDS.labels(route, status).observe(time.perf_counter() - started)
+
+
+class NoRoute(NotFound):
+    code = "unknown_url"
 
 
 _ERROR = {
@@ -175,9 +181,17 @@ def _answer_with(status: int) -> Callable[[Request, Exception], Awaitable[Respon
 
 
 def _say(said: str, status: int, request: Request, error: Exception) -> Response:
-    if request.url.path.startswith(f"{openai.router.prefix}/"):
+    if f"{request.url.path}/".startswith(f"{openai.router.prefix}/"):
         return reply(openai_requests.error_body(error, status, said), status)
     return reply({"detail": said}, status)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists what there is"
+    answer = _say(said, error.status_code, request, NoRoute(said))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

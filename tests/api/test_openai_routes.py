@@ -422,6 +422,35 @@ def test_a_key_opens_what_its_role_and_its_limits_let_it(running: Running) -> No
         running.client_of(running.key, project="none").completions.create(**asked)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/embeddings", 404),
+        ("GET", "", 404),
+        ("GET", "/", 404),
+        ("GET", "/models/../files/x", 404),
+        ("GET", "/chat/completions", 405),
+    ],
+)
+def test_what_there_is_not_is_answered_in_the_clients_form(
+    running: Running, method: str, path: str, status: int
+) -> None:
+    answer = running.http.request(method, f"{running.url}{path}")
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, "unknown_url")
+    assert "/openapi.json" in error["message"]
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_a_client_that_asks_for_what_there_is_not_reads_a_sentence(running: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings") as unknown:
+        running.client.embeddings.create(model=MODEL, input="x")
+    assert unknown.value.code == "unknown_url"
+    other = running.http.get(running.url.removesuffix("/v1") + "/api/v1/nothing")
+    assert (other.status_code, set(other.json())) == (404, {"detail"})
+
+
 LONG = "x, " * 5000
 
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import uuid
-import weakref
 from collections import deque
+from collections.abc import Sequence
 
 # Of one reader. Whoever reads slower than is sampled gets the rest from the journal, when it is there.
 _WAITING_BYTES = 256 << 10
@@ -34,15 +34,21 @@ class Pieces:
 
 
 class Streams:
-    """Who reads which samples. `name`: of this process, to the workers. A reader is known here as long as
-    somebody holds its `Pieces`."""
+    """Who reads which samples. `name`: of this process, to the workers."""
 
     def __init__(self) -> None:
         self.name = uuid.uuid4().hex
-        self._readers: weakref.WeakValueDictionary[str, Pieces] = weakref.WeakValueDictionary()
+        self._readers: dict[str, Pieces] = {}
 
-    def read(self, request_id: str, pieces: Pieces) -> None:
-        self._readers[request_id] = pieces
+    def open(self, request_ids: Sequence[str]) -> Pieces:
+        """Until `close` is called, what comes of these samples is kept here."""
+        pieces = Pieces()
+        self._readers |= dict.fromkeys(request_ids, pieces)
+        return pieces
+
+    def close(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._readers.pop(request_id, None)
 
     def put(self, request_id: str, pieces: str) -> None:
         if (reader := self._readers.get(request_id)) is not None:

@@ -52,8 +52,7 @@ class Samples:
     model: str
     request_ids: list[str]
     prompt_tokens: int
-    are_streamed: bool = False
-    pieces: Pieces = field(default_factory=Pieces)  # of what is streamed
+    pieces: Pieces | None = None  # if they are streamed
     are_finished: bool = False
     created_at: int = field(default_factory=lambda: int(time.time()))
 
@@ -84,8 +83,13 @@ class Samples:
         said = str(outcome.error["error"])
         raise InvalidInput(said) if outcome.error.get("category") == "user" else SampleFailed(said)
 
+    def close(self) -> None:
+        """Their tokens are not read any more as they come."""
+        self.mine.service.streams.close(self.request_ids)
+
     async def let_go(self) -> None:
         """Nobody is there any more to hear of them."""
+        self.close()
         if not self.are_finished:
             for request_id in self.request_ids:
                 await cancel(self.mine, await self.mine.operation(request_id))
@@ -159,14 +163,14 @@ async def submit(
         )
         for prompt, task in zip(prompts, tasks, strict=True)
     ]
-    pieces = Pieces()
-    for operation in operations:
-        mine.service.streams.read(operation.request_id, pieces)
+    streams, request_ids = mine.service.streams, [operation.request_id for operation in operations]
+    pieces = streams.open(request_ids) if are_streamed else None
     outcomes = await asyncio.gather(*map(mine.submit, operations), return_exceptions=True)
     entered = [outcome["request_id"] for outcome in outcomes if not isinstance(outcome, BaseException)]
-    samples = Samples(mine, body.model, entered, sum(map(len, prompts)), are_streamed, pieces)
+    samples = Samples(mine, body.model, entered, sum(map(len, prompts)), pieces)
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
+            streams.close(request_ids)
             await samples.let_go()
             raise outcome
     return samples

@@ -23,6 +23,7 @@ from tinsmith_api import chat
 from tinsmith_api.chat import Token
 from tinsmith_api.routes.openai_requests import Asked, error_body
 from tinsmith_api.routes.openai_samples import SampleFailed, Samples
+from tinsmith_api.streams import Pieces
 
 Json = dict[str, Any]
 
@@ -96,6 +97,7 @@ def stream(
             return
         finally:
             answers.cancel()
+            samples.close()
         if with_usage:
             yield _event({**head, "choices": [], "usage": samples.usage(answers.result())})
         yield b"data: [DONE]\n\n"
@@ -117,7 +119,7 @@ async def _written(
         request_id: choices[place * count : (place + 1) * count]
         for place, request_id in enumerate(samples.request_ids)
     }
-    if samples.are_streamed:
+    if samples.pieces is not None:
         for choice in choices:
             for written in choice.writing.begin(pb.SampleResponse()):
                 yield written
@@ -131,7 +133,7 @@ async def _written(
                 yield written
     for of_answer, answer in zip(of_sample.values(), answers.result(), strict=True):
         for choice, sequence in zip(of_answer, answer.sequences, strict=True):
-            if not samples.are_streamed:
+            if samples.pieces is None:
                 for written in choice.writing.begin(answer):
                     yield written
             for piece in _cut_up(sequence):
@@ -143,8 +145,9 @@ async def _pieces(
     samples: Samples, answers: "asyncio.Future[list[pb.SampleResponse]]"
 ) -> AsyncIterator[tuple[str, str] | None]:
     """What comes before the answers are there."""
+    pieces = samples.pieces or Pieces()  # to which nothing comes
     while not answers.done():
-        news = asyncio.ensure_future(samples.pieces.next())
+        news = asyncio.ensure_future(pieces.next())
         try:
             done, _ = await asyncio.wait(
                 (news, answers), timeout=_SILENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED

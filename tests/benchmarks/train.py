@@ -158,7 +158,7 @@ def peft_step(wrapped: Any, tenants: Sequence[Sequence[int]], at_once: int) -> C
     """Every tenant's sequences in padded batches of like lengths, a step each. One adapter stands for all:
     exchanging them would only add to the time."""
     adapters = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=1e-5, betas=(0.9, 0.95), fused=ON_GPU or None)
+    optimizer = torch.optim.AdamW(adapters, lr=1e-5, betas=(0.9, 0.95), fused=True)
     vocabulary = wrapped.config.vocab_size
     batches = [[padded(group, vocabulary) for group in alike(tenant, at_once)] for tenant in tenants]
 

@@ -25,7 +25,8 @@ import numpy as np
 import tiny
 import torch
 
-from tinsmith.wire.batch import TrainInput
+from tinsmith.wire import loss_graph
+from tinsmith.wire.batch import CustomInput, TrainInput
 from tinsmith_worker import experts
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import (
@@ -33,6 +34,7 @@ from tinsmith_worker.contract import (
     AdapterState,
     Failure,
     LoraSpec,
+    MuonParams,
     SampleInput,
     SampleOutput,
     Work,
@@ -273,6 +275,72 @@ def check_attention(small: bool) -> list[Finding]:
     return findings
 
 
+def check_custom(small: bool) -> list[Finding]:
+    """A loss that a client described, and a step of Muon, against the same on the CPU in float32."""
+    reference = Base(tiny.model(dtype=torch.float32, **(TINY if small else SMALL)))
+    own = TorchEngine(reference, EngineSettings(max_tokens_per_pass=1024))
+    given = described(tiny.batch("importance_sampling", (200, 313, 64), seed=8))
+    own.restore("all", states(reference)["all"])
+    expected = own.forward_backward([Work("all", given)])[0]
+    gradient = own.state("all").gradient
+    findings = []
+    for dtype in DTYPES:
+        engine = reset(engine_with(small, dtype))
+        output = engine.forward_backward([Work("all", given)])[0]
+        before = engine.state("all")
+        own.restore("all", before)  # the same gradient for both
+        moved = []
+        for of in (engine, own):
+            answer = tiny.step(of, "all", MuonParams(1e-2, weight_decay=0.1, grad_clip_norm=0.5))
+            assert isinstance(answer, dict), answer
+            moved.append(of.state("all").weights - before.weights)
+        limit = 5e-5 if dtype == torch.float32 else 0.05
+        for what, found, wanted, most in (
+            ("loss", output.losses_T.sum(), expected.losses_T.sum(), limit),
+            (
+                "metric",
+                output.metric_sums["custom/ratio:sum"],
+                expected.metric_sums["custom/ratio:sum"],
+                limit,
+            ),
+            ("gradient", before.gradient, gradient, limit),
+            # Small singular values are stretched 500-fold, and so is what rounding left of them.
+            ("step of Muon", *moved, 1e-3),
+        ):
+            check = f"custom loss and Muon against the CPU: {what}, {dtype}".replace("torch.", "")
+            off = error(found, wanted)
+            findings.append({"check": check, "error": off, "limit": most, "passed": off <= most})
+            say(findings[-1])
+    return findings
+
+
+def described(given: TrainInput) -> TrainInput:
+    """The same datums with importance sampling as a client's own function: -(exp(logprobs - q) A).sum()."""
+
+    def node(op: str, name: str, target: str, *args: Any) -> dict[str, Any]:
+        return {"op": op, "name": name, "target": target, "args": list(args), "kwargs": {}}
+
+    names = ("logprobs", "q", "advantages")
+    answer = {"tuple": [{"ref": "neg"}, {"dict": {"custom/ratio:sum": {"ref": "sum_2"}}}]}
+    nodes = [
+        *(node("placeholder", name, name) for name in names),
+        node("call_function", "sub", "operator.sub", {"ref": "logprobs"}, {"ref": "q"}),
+        node("call_function", "exp", "torch.exp", {"ref": "sub"}),
+        node("call_function", "mul", "operator.mul", {"ref": "exp"}, {"ref": "advantages"}),
+        node("call_method", "sum_1", "sum", {"ref": "mul"}),
+        node("call_method", "sum_2", "sum", {"ref": "exp"}),
+        node("call_function", "neg", "operator.neg", {"ref": "sum_1"}),
+        node("output", "output", "output", answer),
+    ]
+    inputs = [{"name": name, "rank": 1} for name in names]
+    graph = loss_graph.read(loss_graph.write("of a client", inputs, {"format": 1, "nodes": nodes}))
+    starts = np.cumsum(given.lengths_S)[:-1]
+    of_datums = zip(
+        *(np.split(given.columns[name], starts) for name in ("logprobs", "advantages")), strict=True
+    )
+    return replace(given, loss=loss_graph.LOSS, columns={}, custom=CustomInput(graph, tuple(of_datums)))
+
+
 def check_experts(small: bool) -> list[Finding]:
     """A mixture's experts in one product against one after the other. Of one layer, whose router is given the same
     bits by both."""
@@ -389,7 +457,7 @@ def _next_tokens(tokens: np.ndarray) -> TrainInput:
     )
 
 
-PARTS = ["numbers", "packing", "attention", "experts", "deterministic", "sampler"]
+PARTS = ["numbers", "packing", "attention", "custom", "experts", "deterministic", "sampler"]
 
 
 def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
@@ -397,6 +465,7 @@ def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
         "numbers": check_numbers,
         "packing": check_packing,
         "attention": check_attention,
+        "custom": check_custom,
         "experts": check_experts,
         "deterministic": check_deterministic,
         "sampler": check_sampler,

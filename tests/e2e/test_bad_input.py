@@ -412,6 +412,38 @@ def test_bad_prompts_are_refused(wire: Wire) -> None:
     assert len(wire.sampled(wire.sample(sampler, 1, [1, 2])).sequences) == 1
 
 
+def test_a_sampler_that_there_is_not_is_told_so(wire: Wire) -> None:
+    answer = wire.sample("none:sample:0", 0, [1, 2])
+    assert wire.status == 404
+    assert "none:sample:0" in answer["detail"]
+    session = wire.session()
+    for weights in ({"model_path": "tinker://none/sampler_weights/a"}, {"base_model": "none"}):
+        wire.post("/create_sampling_session", session_id=session, sampling_session_seq_id=0, **weights)
+        assert wire.status in (400, 404)
+
+
+def test_diverged_weights_fail_their_samples_and_nobody_elses(wire: Wire) -> None:
+    """Sampled in one batch: a model whose logits are not finite, and the base model."""
+    run = wire.run(MODEL, rank=4)
+    for step in range(3):
+        wire.submit(run, 2 * step + 1, datum([1, 2, 3, 4, 5]))
+        wire.result(wire.optim(run, 2 * step + 2, learning_rate=1e30))
+    path = wire.result(wire.post("/save_weights_for_sampler", model_id=run, seq_id=7, path="diverged"))
+    opened = wire.post(
+        "/create_sampling_session",
+        session_id=wire.session(),
+        sampling_session_seq_id=0,
+        model_path=path["path"],
+    )
+    params = {"max_tokens": 100, "stop": []}
+    others = [wire.sample(_base_sampler(wire), 0, [1, 2, 3], params=params) for _ in range(2)]
+    failed = wire.result(wire.sample(opened["sampling_session_id"], 0, [1, 2, 3], params=params))
+    assert "diverged" in failed["error"]
+    assert failed["category"] == "user"
+    for other in others:
+        assert len(wire.sampled(other).sequences[0].tokens) == 400
+
+
 def test_after_all_that_the_run_still_trains(wire: Wire, run: str, seq: Numbers) -> None:
     assert wire.output(wire.submit(run, seq(), datum([1, 2, 3]))).metrics["loss:sum"] > 0
     assert wire.result(wire.optim(run, seq()))["metrics"]["optimizer_step"] == 1

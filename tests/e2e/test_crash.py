@@ -162,6 +162,42 @@ def test_an_accumulated_gradient_survives_the_worker(fragile: Fragile) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_sampler_whose_checkpoint_is_deleted_finishes_what_it_has(fragile: Fragile, kill: bool) -> None:
+    """Even where its worker is killed after that, and the next has to read the weights from their files."""
+    wire = Wire(fragile.url, fragile.key)
+    run = wire.run(MODEL)
+    wire.output(wire.submit(run, 1, datum([1, 2, 3, 4, 5])))
+    wire.result(wire.optim(run, 2, learning_rate=0.05))
+    path = wire.result(wire.post("/save_weights_for_sampler", model_id=run, seq_id=3, path="a"))["path"]
+    session = wire.session()
+    opened = wire.post(
+        "/create_sampling_session", session_id=session, sampling_session_seq_id=0, model_path=path
+    )
+    sampler = opened["sampling_session_id"]
+    params = {"max_tokens": 300, "seed": 8, "temperature": 2, "stop": []}
+    calm = wire.sampled(wire.sample(sampler, 0, [5, 6, 7], params=params, num_samples=4))
+    base = wire.post(
+        "/create_sampling_session", session_id=session, sampling_session_seq_id=1, base_model=MODEL
+    )
+    other = wire.sampled(wire.sample(base["sampling_session_id"], 0, [5, 6, 7], params=params))
+    assert other.sequences[0].tokens != calm.sequences[0].tokens, "the weights are its own"
+
+    future = wire.sample(sampler, 1, [5, 6, 7], params=params, num_samples=4)
+    wire.delete(f"/training_runs/{run}/checkpoints/sampler_weights/a")
+    assert wire.status in (200, 204)
+    if kill:
+        fragile.kill_worker()
+    state = "select state from operations where request_id = ?"
+    assert fragile.sql(state, future["request_id"]) == [("queued",)], "in the middle"
+    answer = wire.sampled(future)
+    assert [s.tokens for s in answer.sequences] == [s.tokens for s in calm.sequences]
+    # Nobody opens it any more.
+    wire.post("/create_sampling_session", session_id=session, sampling_session_seq_id=2, model_path=path)
+    assert wire.status == 404
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fragile", ["embedded"], indirect=True)  # a fleet's own test is in test_fleet.py
 def test_a_worker_asked_to_leave_hands_over_without_replay(fragile: RunningService) -> None:
     wire = Wire(fragile.url, fragile.key)

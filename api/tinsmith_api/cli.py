@@ -89,6 +89,12 @@ def parser() -> argparse.ArgumentParser:
             help="with fsdp2: the base's layers stay in host memory, and come to the GPU when they run",
         )
         command.add_argument("--quantize", choices=["nf4"], help="keep the base's layers in four bits")
+        command.add_argument(
+            "--single-tenant",
+            action="store_true",
+            default=None,
+            help="train one run at a time: all of the base's weights, or another method than LoRA",
+        )
     jobs = commands.add_parser("jobs", help="one of a fleet's processes for background jobs")
     jobs.set_defaults(run=_jobs)
     beat = commands.add_parser("beat", help="a fleet's clock: says when background jobs are due")

@@ -11,15 +11,15 @@ from tinsmith_api.journal.objects import Damaged, ObjectStore
 
 Json = dict[str, Any]
 
-# What an archive of an adapter holds; an export holds nothing else.
-_PEFT = ("adapter_config.json", "adapter_model.safetensors")
+# What a checkpoint holds for this service alone; an archive leaves it out, an export has none of it.
+_OURS = ("optimizer.safetensors", "tinsmith.json")
 
 
 def archive(objects: ObjectStore, prefix: str) -> Iterator[bytes]:
-    """A tar of the adapter under `prefix` in PEFT's form, or of all files if they are in another (encrypted,
-    say), piece by piece. Damaged if a file is not what its checksum says."""
+    """A tar of what others load of the checkpoint under `prefix`, piece by piece. Damaged if a file is not
+    what its checksum says."""
     entries = objects.entries(prefix)
-    for name in [name for name in _PEFT if name in entries] or list(entries):
+    for name in [name for name in entries if name not in _OURS]:
         head = tarfile.TarInfo(name)
         head.size, _ = entries[name]
         yield head.tobuf()

@@ -94,6 +94,7 @@ class Facts:
     architecture: str
     tokenizer: str
     tokenizer_files: str = ""
+    single_tenant: bool = False
 
 
 class Doorbell(Protocol):

@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     nproc: int = Field(1, ge=1)
     offload: bool = False  # with fsdp2: the base's layers stay in host memory
     quantize: Literal["", "nf4"] = ""  # nf4: the base's layers in four bits
+    single_tenant: bool = False  # workers train one run each: all weights, or another method than LoRA
     gap_seconds: float = Field(600.0, gt=0)
     snapshot_seconds: float = Field(15.0, ge=0)
     # How long an object store that does not answer is asked, before a save or a load fails.
@@ -193,5 +194,6 @@ def worker_arguments(settings: Settings, base_model: str, path: str) -> list[str
         "--deterministic": settings.deterministic,
         "--exact-logprobs": settings.exact_logprobs,
         "--offload": settings.offload,
+        "--single-tenant": settings.single_tenant,
     }
     return [*arguments, *(flag for flag, given in flags.items() if given)]

@@ -27,9 +27,10 @@ def export(
     base: str | None = None,
     dtype: str = "auto",
 ) -> Path:
-    """`folder`, with the adapter as PEFT has it. For "merged": with the whole model, `base` (a hub id or a
-    folder with the same base model on this machine; default: the run's base_model) plus the adapter, in
-    `dtype`; transformers and peft must be installed here."""
+    """`folder`, with the adapter as PEFT has it, or, of a run that trains all weights, with config.json and
+    the weights. For "merged": with the whole model, `base` (a hub id or a folder with the same base model on
+    this machine; default: the run's base_model) plus the adapter, in `dtype`; transformers and peft must be
+    installed here."""
     if format not in ("peft", "merged"):
         raise InvalidInput(f"format is 'peft' or 'merged', not {format!r}")
     name = f"export-{time.time_ns():x}"
@@ -70,6 +71,10 @@ def merge(adapter: Path, base: str, folder: Path, dtype: str = "auto") -> Path:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if (adapter / "config.json").exists():  # it is a whole model already
+        AutoModelForCausalLM.from_pretrained(adapter, dtype=dtype).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        return folder
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     head = model.get_output_embeddings()
     (name,) = [name for name, module in model.named_modules() if module is head]

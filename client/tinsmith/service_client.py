@@ -90,6 +90,21 @@ class ServiceClient:
         }
         return TrainingClient.open(self._session, "create_model", lambda: fields)
 
+    def create_full_training_client(
+        self,
+        base_model: str,
+        user_metadata: Mapping[str, Any] | None = None,
+    ) -> TrainingClientFuture:
+        """A new run that trains all weights of `base_model`, on a worker of its own: the base model must have
+        a single-tenant pool."""
+        fields = {
+            "base_model": base_model,
+            "lora_config": {"rank": 0},
+            "user_metadata": user_metadata,
+            "optimizer_config": asdict(AdamOptimizerConfig()),
+        }
+        return TrainingClient.open(self._session, "create_model", lambda: fields)
+
     def create_training_client_from_state(
         self,
         path: str,
@@ -179,6 +194,7 @@ class ServiceClient:
         )
 
     create_lora_training_client_async = awaited(create_lora_training_client)
+    create_full_training_client_async = awaited(create_full_training_client)
     create_training_client_from_state_async = awaited(create_training_client_from_state)
     create_training_client_from_state_with_optimizer_async = awaited(
         create_training_client_from_state_with_optimizer

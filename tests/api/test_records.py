@@ -137,7 +137,11 @@ def test_a_budget_reads_old_hours_once(service: Service, session: str) -> None:
 
 def test_an_archive_is_made_piece_by_piece(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
-    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(64 << 20), "optimizer": b"x"}
+    adapter = {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": bytes(64 << 20),
+        "optimizer.safetensors": b"x",
+    }
     store.put("adapter", adapter)
     tracemalloc.start()
     size = store.put_stream("made", "archive.tar", lambda: exports.archive(store, "adapter"))

@@ -34,6 +34,9 @@ from tinsmith_worker.tokenizer_files import keep_tokenizer
 DEFAULT_PATH = "tiny"
 """Names the base model that comes with the package."""
 
+# Samplers of a run that trains everything are each as large as the base.
+_WHOLE_MODELS_HELD = 4
+
 log = logging.getLogger("tinsmith.worker")
 
 
@@ -75,6 +78,7 @@ def main() -> None:
             slot_bytes=given.slot_bytes,
             host_bytes=given.host_bytes,
             role=given.role,
+            samplers_held=_WHOLE_MODELS_HELD if given.single_tenant else WorkerSettings.samplers_held,
         ),
     )
     for number in (signal.SIGTERM, signal.SIGINT) if given.channel is None else (signal.SIGTERM,):
@@ -140,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parallel", choices=["none", "fsdp2"], default="none")
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--single-tenant", action="store_true")
     parser.add_argument("--quantize", choices=["", "nf4"], default="")
     parser.add_argument("--nproc", type=int, default=1, help="processes, one a GPU; torchrun says it itself")
     parser.add_argument("--pass-tokens", type=int, default=WorkerSettings.pass_tokens)
@@ -204,6 +209,7 @@ def _open_engine(given: argparse.Namespace, place: Place | None) -> tuple[Engine
         pass_tokens=given.pass_tokens,
         place=place,
         holding=Holding(given.parallel, given.offload, given.quantize),
+        single_tenant=given.single_tenant,
     )
 
 

@@ -19,6 +19,8 @@ from tinsmith_worker.parallel.launch import Place
 from tinsmith_worker.parallel.load import read_sharded
 from tinsmith_worker.parallel.shard import ShardedBase
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
+from tinsmith_worker.tuning.base import TunedBase
+from tinsmith_worker.tuning.engine import TunedEngine, TunedSampler
 
 BUILT_IN = "tiny"
 
@@ -49,11 +51,18 @@ def open_engine(
     role: str = "both",
     place: Place | None = None,
     holding: Holding = Holding(),
+    single_tenant: bool = False,
 ) -> tuple[Engine, Sampler]:
     """`path`: a folder or a hub id; "tiny" is the built-in base, which comes with the package.
     `exact_logprobs`: what is sampled is scored by the engine. With a `place` as one of a group: this returns
-    in the leader, and ends the process of a follower."""
+    in the leader, and ends the process of a follower. `single_tenant`: runs train all weights, or by another
+    method than LoRA."""
     holding.check()
+    if single_tenant and (place is not None or holding != Holding() or exact_logprobs):
+        raise ValueError(
+            "a single-tenant worker is one process with a whole base: leave out nproc, parallel, offload, "
+            "quantize and exact_logprobs"
+        )
     if exact_logprobs and holding.parallel == "fsdp2":
         raise ValueError("exact logprobs are scored by one process: they need parallel none")
     transformers_logging.disable_progress_bar()
@@ -62,6 +71,8 @@ def open_engine(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     settings = EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic)
     device = _device(place.local_rank if place else 0)
+    if single_tenant:
+        return _open_tuned(path, settings, role, device)
     group = Group(place, device) if place else None
     base = _read(path, holding, group, device)
     engine = TorchEngine(base, settings)
@@ -89,6 +100,17 @@ def open_engine(
     return engine, sampler
 
 
+def _open_tuned(
+    path: str, settings: EngineSettings, role: str, device: torch.device
+) -> tuple[Engine, Sampler]:
+    base = TunedBase.load(path, device=device, dtype=_dtype(device))
+    engine = TunedEngine(base, settings)
+    if role == "train":
+        return engine, NullSampler()
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    return engine, TunedSampler(base, tokenizer)
+
+
 def _device(number: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -97,8 +119,12 @@ def _device(number: int) -> torch.device:
     return torch.device("cuda", number)
 
 
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def _read(path: str, holding: Holding, group: Group | None, device: torch.device) -> Base:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = _dtype(device)
     if holding.parallel == "fsdp2" and group is not None:
         model = read_sharded(path, group, dtype=dtype, offload=holding.offload)
         return ShardedBase(model, group, tokenizer=path)

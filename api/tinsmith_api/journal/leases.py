@@ -13,8 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith_api.journal.operations import QUEUED, backlog, check_lease
-from tinsmith_api.journal.tables import operations, runs, tenants, workers
+from tinsmith_api.journal.operations import FAILED, QUEUED, backlog, check_lease
+from tinsmith_api.journal.tables import operations, runs, sessions, tenants, workers
 
 Json = dict[str, Any]
 
@@ -209,6 +209,25 @@ def _loads(
         .order_by(count, workers.c.id)
     )
     return [(row[0], row[1]) for row in connection.execute(statement)]
+
+
+def is_taken(connection: sa.Connection, base_model: str, session_id: str) -> bool:
+    """Whether the live workers of a base model have a run each, of others than this session, that may go on:
+    it was made, its session is not finished, and the worker did not let go of it. False for a session that
+    has a run there already, and without workers: a run waits for one then."""
+    was_made = sa.exists().where(
+        operations.c.subject == runs.c.id, operations.c.seq_id == 0, operations.c.state != FAILED
+    )
+    going_on = (
+        sa.select(runs.c.session_id)
+        .join_from(runs, workers, runs.c.worker_id == workers.c.id)
+        .join(sessions, runs.c.session_id == sessions.c.id)
+        .where(runs.c.base_model == base_model, _IS_LIVE, sessions.c.finished_at.is_(None), was_made)
+    )
+    holders = connection.execute(going_on).scalars().all()
+    takes_runs = sa.select(sa.func.count(workers.c.id)).where(workers.c.base_model == base_model, _TAKES_RUNS)
+    count: int = connection.execute(takes_runs).scalar_one()
+    return session_id not in holders and 0 < count <= len(holders)
 
 
 # Whoever held a run when its worker died is counted; from the second death on only the one that was tried.

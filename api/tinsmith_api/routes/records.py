@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic_core import to_json
 
 from tinsmith.errors import NotFound
+from tinsmith_api import kinds
 from tinsmith_api.bodies import reply
 from tinsmith_api.journal import checkpoints, usage
 from tinsmith_api.journal import operations as ops
@@ -216,9 +217,8 @@ def _training_run(
         "training_run_id": run.id,
         "base_model": run.base_model,
         "model_owner": run.tenant_id,
-        "is_lora": True,
         "corrupted": False,
-        "lora_rank": run.lora["rank"],
+        **kinds.told(run.lora),
         "last_request_time": timestamp(last_request_at),
         "last_checkpoint": _checkpoint(weights) if weights else None,
         "last_sampler_checkpoint": _checkpoint(sampler) if sampler else None,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import secrets
 import time
 import uuid
 from typing import Annotated, Any, Literal
@@ -12,22 +11,24 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from tinsmith.errors import InvalidInput, NotFound
-from tinsmith_api import optimizers
+from tinsmith_api import kinds, optimizers
 from tinsmith_api.bodies import (
     Body,
     Metadata,
-    Strict,
     parse,
     read_body,
     reply,
     takes,
 )
-from tinsmith_api.journal import age, checkpoints
+from tinsmith_api.journal import age, checkpoints, leases
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation, insert_if_new
 from tinsmith_api.journal.tables import runs, sampling_sessions
+from tinsmith_api.kinds import LoraConfig, TuningConfig
+from tinsmith_api.limits import TooMany
 from tinsmith_api.owner import Mine, MineToChange, Owner, check_usable
 from tinsmith_api.routes.calls import SeqId, call, parse_call, refuse, submit
+from tinsmith_api.service import Facts
 
 router = APIRouter(prefix="/api/v1")
 
@@ -40,19 +41,12 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@ -]{0,254}")
 TtlSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
 
 
-class LoraConfig(Strict):
-    rank: int = 32
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    train_unembed: bool = True
-    train_mlp: bool = True
-    train_attn: bool = True
-
-
 class CreateModel(Body):
     session_id: str
     model_seq_id: int = Field(ge=0, le=2**31 - 1)
     base_model: str
-    lora_config: LoraConfig = LoraConfig()
+    lora_config: LoraConfig | None = None
+    tuning_config: TuningConfig | None = None
     user_metadata: Metadata | None = None
     optimizer_config: Json | None = None
 
@@ -63,16 +57,16 @@ async def create_model(mine: MineToChange, request: Request) -> Response:
     await mine.open_session(body.session_id)
     optimizer = optimizers.chosen(body.optimizer_config) or optimizers.NAMES[0]
     facts = await mine.service.facts(body.base_model)
-    given = body.lora_config
-    if not 1 <= given.rank <= facts.max_rank:
-        raise InvalidInput(f"lora_config.rank is {given.rank}: it must be between 1 and {facts.max_rank}")
-    if not (given.train_attn or given.train_mlp or given.train_unembed):
-        raise InvalidInput("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
-    # A seed is fixed here, so that a replay makes the same adapter.
-    lora = {**given.model_dump(), "seed": secrets.randbits(48) if given.seed is None else given.seed}
+    if body.tuning_config is None:
+        lora = kinds.of_lora(body.lora_config or LoraConfig(), body.base_model, facts)
+    elif body.lora_config is None:
+        lora = kinds.of_method(body.tuning_config, body.base_model, facts)
+    else:
+        raise InvalidInput("a run is of one kind: give lora_config or tuning_config, not both")
+    kinds.check_optimizer(lora, optimizer)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
     made = {"base_model": body.base_model, "lora": lora, "optimizer": optimizer}
-    return reply(await _create(mine, run_id, body.session_id, made, body.user_metadata, {}))
+    return reply(await _create(mine, run_id, body.session_id, made, body.user_metadata, {}, facts))
 
 
 class LoadWeights(Body):
@@ -112,9 +106,12 @@ async def load_weights(mine: MineToChange, request: Request) -> Response:
     inherited = checkpoint.optimizer if body.optimizer else optimizers.NAMES[0]
     optimizer = optimizers.chosen(body.optimizer_config) or inherited
     payload = _load(checkpoint, base_model, optimizer, body.optimizer)
+    facts = await mine.service.facts(base_model)
+    kinds.check(checkpoint.lora, base_model, facts)
+    kinds.check_optimizer(checkpoint.lora, optimizer)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
     made = {"base_model": base_model, "lora": checkpoint.lora, "optimizer": optimizer}
-    return reply(await _create(mine, run_id, body.session_id, made, body.user_metadata, payload))
+    return reply(await _create(mine, run_id, body.session_id, made, body.user_metadata, payload, facts))
 
 
 class GetInfo(Body):
@@ -131,8 +128,7 @@ async def get_info(mine: Mine, request: Request) -> Response:
             "type": "get_info",
             "model_id": run.id,
             "model_name": run.base_model,
-            "is_lora": True,
-            "lora_rank": run.lora["rank"],
+            **kinds.told(run.lora),
             "optimizer_config": {"type": run.optimizer},
             "model_data": {
                 "model_name": run.base_model,
@@ -243,8 +239,7 @@ async def weights_info(mine: Mine, request: Request) -> Response:
     return reply(
         {
             "base_model": checkpoint.base_model,
-            "is_lora": True,
-            "lora_rank": lora["rank"],
+            **kinds.told(lora),
             "train_unembed": lora["train_unembed"],
             "train_mlp": lora["train_mlp"],
             "train_attn": lora["train_attn"],
@@ -257,11 +252,23 @@ async def weights_info(mine: Mine, request: Request) -> Response:
 
 
 async def _create(
-    mine: Owner, run_id: str, session_id: str, made: Json, user_metadata: Json | None, payload: Json
+    mine: Owner,
+    run_id: str,
+    session_id: str,
+    made: Json,
+    user_metadata: Json | None,
+    payload: Json,
+    facts: Facts,
 ) -> Json:
     """A run and its operation number 0. `made`: of which base_model, lora and optimizer."""
 
     def insert_run(connection: sa.Connection) -> None:
+        if facts.single_tenant and leases.is_taken(connection, made["base_model"], session_id):
+            raise TooMany(
+                f"{made['base_model']} is served by single-tenant workers, one run each, and each has one: "
+                "another begins when a session that has one is finished, or nobody called its run for "
+                f"{mine.service.settings.idle_seconds:g} s"
+            )
         row = {
             "id": run_id,
             "tenant_id": mine.tenant_id,

@@ -114,6 +114,23 @@ def test_idleness_earns_no_credit() -> None:
     assert 9 <= first.count("a") <= 11
 
 
+def test_who_had_the_worker_alone_owes_nothing_to_who_comes_after() -> None:
+    plan = schedule(pass_tokens=100)
+    for name in "ab":
+        plan.open_run(name, f"tenant of {name}", 1)
+    for seq in range(1, 51):
+        plan.add(item("a", seq, tokens=100), 0.0)
+    while plan.next_batch(0.0):
+        pass
+    for seq in range(1, 11):
+        plan.add(item("b", seq, tokens=100), 0.0)
+    assert names(plan.next_batch(0.0)) == ["b-1"]
+    for seq in range(51, 61):
+        plan.add(item("a", seq, tokens=100), 0.0)
+    order = "".join(names(plan.next_batch(0.0))[0][0] for _ in range(10))
+    assert order in ("ab" * 5, "ba" * 5)
+
+
 def test_a_consumed_number_is_stepped_over() -> None:
     plan = schedule()
     plan.open_run("a", "t", 1)

@@ -80,6 +80,9 @@ class Schedule:
         self._ready: dict[str, _Run] = {}  # those with a next operation
         self._waiting: dict[str, _Run] = {}  # those that wait for a number that has not come
         self._served: dict[str, float] = {}
+        # By priority, the least counter of those that were busy when the last batch was chosen. It stays
+        # while nobody is: a tenant that had the worker for itself owes nothing to who comes after.
+        self._clock: dict[int, float] = {}
         self._about: dict[str, float] = {}  # tenant -> when its last operation came
 
     def open_run(
@@ -110,10 +113,9 @@ class Schedule:
         if item.seq_id < run.next_seq or item.seq_id in run.consumed:
             return False
         self._about[run.tenant_id] = now
-        busy = {r.tenant_id for r in self._ready.values() if r.priority == run.priority}
-        if run.tenant_id not in busy:
-            least = min((self._served[t] for t in busy), default=0.0)
-            self._served[run.tenant_id] = max(self._served.get(run.tenant_id, 0.0), least)
+        if all(r.tenant_id != run.tenant_id or r.priority != run.priority for r in self._ready.values()):
+            clock = self._clock.get(run.priority, 0.0)
+            self._served[run.tenant_id] = max(self._served.get(run.tenant_id, 0.0), clock)
         run.items[item.seq_id] = item
         self._note(item.run_id, now)
         return True
@@ -137,6 +139,8 @@ class Schedule:
         heads = self._heads()
         if not heads:
             return []
+        least = self._runs[heads[0].run_id]
+        self._clock[least.priority] = self._served[least.tenant_id]
         others = [item for item in heads if item.group == OTHER]
         if others and not (self._owes_pass and len(others) < len(heads)):
             now_executed = self._some_of_each(others, now)

@@ -105,6 +105,34 @@ class ServiceClient:
         }
         return TrainingClient.open(self._session, "create_model", lambda: fields)
 
+    def create_peft_training_client(
+        self,
+        base_model: str,
+        method: str,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        user_metadata: Mapping[str, Any] | None = None,
+        **settings: int,
+    ) -> TrainingClientFuture:
+        """A new run that trains `base_model` by another method of the PEFT library than LoRA, as in
+        `create_peft_training_client(model, "oft", block_size=16)`; `tinsmith.wire.methods` lists them with
+        their settings. On a worker of its own: the base model must have a single-tenant pool."""
+        tuning = {
+            "method": method,
+            "train_mlp": train_mlp,
+            "train_attn": train_attn,
+            "settings": settings,
+            **({} if seed is None else {"seed": seed}),
+        }
+        fields = {
+            "base_model": base_model,
+            "tuning_config": tuning,
+            "user_metadata": user_metadata,
+            "optimizer_config": asdict(AdamOptimizerConfig()),
+        }
+        return TrainingClient.open(self._session, "create_model", lambda: fields)
+
     def create_training_client_from_state(
         self,
         path: str,
@@ -195,6 +223,7 @@ class ServiceClient:
 
     create_lora_training_client_async = awaited(create_lora_training_client)
     create_full_training_client_async = awaited(create_full_training_client)
+    create_peft_training_client_async = awaited(create_peft_training_client)
     create_training_client_from_state_async = awaited(create_training_client_from_state)
     create_training_client_from_state_with_optimizer_async = awaited(
         create_training_client_from_state_with_optimizer

@@ -441,4 +441,5 @@ def _info(answer: Mapping[str, Any]) -> GetInfoResponse:
         lora_rank=answer.get("lora_rank"),
         is_lora=answer.get("is_lora"),
         model_name=answer.get("model_name"),
+        tuning_config=answer.get("tuning_config"),
     )

@@ -406,6 +406,8 @@ class ModelData:
 
 @dataclass(frozen=True)
 class GetInfoResponse:
+    """`tuning_config`: of a run that is not LoRA, its `method` and `settings`."""
+
     model_id: str
     model_data: ModelData
     lora_rank: int | None = None
@@ -413,6 +415,7 @@ class GetInfoResponse:
     model_name: str | None = None
     optimizer_config: OptimizerConfig = AdamOptimizerConfig()
     type: Literal["get_info"] | None = None
+    tuning_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import tinker
 import torch
+from peft import PeftModel
 from tinker import types
 from transformers import AutoModelForCausalLM
 
 import tinsmith
 from tests.conftest import RunningService
 from tests.e2e.wire import Wire, datum, logprobs
+from tinsmith_worker import tiny_base
 
 MODEL = "tinsmith/tiny"
 CONFIG = "snapshot_seconds = 1.0\ndeterministic = true\nsingle_tenant = true\nidle_seconds = 600\n"
@@ -86,17 +88,25 @@ def train(
     return found, service.objects().get(prefix)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"lora_config": {"rank": 0}},
+    "dora": {"tuning_config": {"method": "dora", "seed": 3, "settings": {"rank": 8}}},
+    "oft": {"tuning_config": {"method": "oft", "settings": {"block_size": 16}}},
+    "vera": {"tuning_config": {"method": "vera", "seed": 4, "settings": {"rank": 32}}},
+}
+
+
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(alone: RunningService) -> None:
-    full = {"lora_config": {"rank": 0}}
-    calm, calm_files = train(alone, full)
-    shot_at, files = train(alone, full, kills=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_worker_changes_nothing(alone: RunningService, kind: str) -> None:
+    calm, calm_files = train(alone, KINDS[kind])
+    shot_at, files = train(alone, KINDS[kind], kills=2)
     for expected, found in zip(calm, shot_at, strict=True):
         np.testing.assert_array_equal(expected, found)
-    assert calm_files.keys() == files.keys() == {
-        "config.json", "model.safetensors", "optimizer.safetensors", "tinsmith.json"
-    }  # fmt: skip
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    weights = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    config = "config.json" if kind == "full" else "adapter_config.json"
+    assert calm_files.keys() == files.keys() == {config, weights, "optimizer.safetensors", "tinsmith.json"}
+    for name in (weights, "optimizer.safetensors"):
         assert calm_files[name] == files[name], name
 
 
@@ -147,11 +157,48 @@ def test_our_client_trains_all_weights_and_takes_a_model_home(alone: RunningServ
         folder = training.export(tmp_path / "model")
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
     model = AutoModelForCausalLM.from_pretrained(folder)
-    sequence = torch.tensor(tokens(2))
+    np.testing.assert_allclose(found, by_transformers(model, tokens(2)), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_our_client_trains_by_another_method_and_takes_it_home(alone: RunningService, tmp_path: Path) -> None:
+    given = tinsmith.Datum(
+        tinsmith.ModelInput.from_ints(tokens(2)[:-1]),
+        {"target_tokens": tokens(2)[1:], "weights": [1.0] * 23},
+    )
+    with tinsmith.ServiceClient(base_url=alone.url, api_key=alone.key) as service:
+        training = service.create_peft_training_client(MODEL, "oft", block_size=16)
+        info = training.get_info()
+        assert (info.is_lora, info.lora_rank) == (False, None)
+        assert info.tuning_config == {"method": "oft", "settings": {"block_size": 16}}
+        for _ in range(3):
+            training.forward_backward([given], "cross_entropy")
+            training.optim_step(tinsmith.AdamParams(learning_rate=1e-2)).result()
+        found = training.forward([given], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].to_numpy()
+        sampler = training.save_weights_and_get_sampling_client()
+        said = sampler.compute_logprobs(tinsmith.ModelInput.from_ints(tokens(2))).result()
+        np.testing.assert_allclose(np.array(said[1:], np.float32), found, atol=1e-4)
+        again = training.fork()
+        forked = again.forward([given], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].to_numpy()
+        np.testing.assert_array_equal(forked, found)
+        run = service.create_rest_client().get_training_run(training.model_id).result()
+        assert (run.is_lora, run.lora_rank) == (False, None)
+        with pytest.raises(tinsmith.RequestFailed, match="block_size 24 does not divide"):
+            service.create_peft_training_client(MODEL, "oft", block_size=24).result()
+        folder = training.export(tmp_path / "adapter")
+        merged = training.export(tmp_path / "merged", "merged", base=str(tiny_base.FOLDER))
+    base = AutoModelForCausalLM.from_pretrained(tiny_base.FOLDER)
+    for model in (PeftModel.from_pretrained(base, folder), AutoModelForCausalLM.from_pretrained(merged)):
+        np.testing.assert_allclose(found, by_transformers(model, tokens(2)), atol=1e-4)
+
+
+def by_transformers(model: Any, text: list[int]) -> np.ndarray:
+    """log p of every token but the first."""
+    sequence = torch.tensor(text)
     with torch.no_grad():
         logits = model(sequence[None, :-1]).logits[0]
-    expected = logits.log_softmax(1).gather(1, sequence[1:, None])[:, 0]
-    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    found: np.ndarray = logits.log_softmax(1).gather(1, sequence[1:, None])[:, 0].numpy()
+    return found
 
 
 @pytest.mark.slow

@@ -19,8 +19,6 @@ from tinsmith_worker.parallel.launch import Place
 from tinsmith_worker.parallel.load import read_sharded
 from tinsmith_worker.parallel.shard import ShardedBase
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
-from tinsmith_worker.tuning.base import TunedBase
-from tinsmith_worker.tuning.engine import TunedEngine, TunedSampler
 
 BUILT_IN = "tiny"
 
@@ -103,6 +101,10 @@ def open_engine(
 def _open_tuned(
     path: str, settings: EngineSettings, role: str, device: torch.device
 ) -> tuple[Engine, Sampler]:
+    # PEFT takes a second or two to import, and no other worker needs it.
+    from tinsmith_worker.tuning.base import TunedBase
+    from tinsmith_worker.tuning.engine import TunedEngine, TunedSampler
+
     base = TunedBase.load(path, device=device, dtype=_dtype(device))
     engine = TunedEngine(base, settings)
     if role == "train":

@@ -3,6 +3,7 @@
 Shapes: T packed tokens, N rows, D hidden, V vocabulary.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,11 @@ from tinsmith_worker.head import Head
 from tinsmith_worker.lora import Deltas, accumulate
 from tinsmith_worker.model import Base, Layer
 from tinsmith_worker.stream import Stream
+from tinsmith_worker.tuning.methods import Wrapped
 from tinsmith_worker.tuning.weights import Form, Tuned
+
+# Every run's is its own if its seed is; one is small, and made anew in a moment.
+_FORMS_KEPT = 16
 
 
 class TunedBase(Base):
@@ -40,13 +45,19 @@ class TunedBase(Base):
         self.facts = replace(self.facts, single_tenant=True)
         output = model.get_output_embeddings()
         self.head = _Head(0, output.weight, output.bias)
+        self._all: tuple[nn.Parameter, ...] = tuple(model.parameters())
         self._whole = _whole(model)
-        self._form: Form | None = None  # what the model is made into; None: the base as it came
-        self._active: Tuned | None = None
+        self._forms: dict[str, Form] = {}
+        # What the model is made into: None is the base as it came.
+        self._form: Form | None = None
+        self._wrapped: Wrapped | None = None
+        self._parameters: tuple[nn.Parameter, ...] = ()
         self._hooks: list[Any] = []
+        self._active: Tuned | None = None
         self._take_attention()
         self._check_packed(expected, architecture, None)
-        self._layers = [Layer(layer, n, self._current) for n, (_, layer) in enumerate(layers)]
+        self._plain_layers = [layer for _, layer in layers]
+        self._layers = [Layer(layer, n, self._current) for n, layer in enumerate(self._plain_layers)]
 
     def forward(self, stream: Stream, acting: dict[Kind, Deltas] | None = None) -> torch.Tensor:
         adapters = {id(segment.adapter): segment.adapter for segment in stream.segments}
@@ -68,10 +79,18 @@ class TunedBase(Base):
         """InvalidInput if there is no such method, or none with these settings on this model."""
         if spec.method == "full":
             return self._whole
-        raise InvalidInput(
-            f"a single-tenant worker trains all weights (rank 0), not {spec.method!r}: LoRA is for workers "
-            "that many tenants share"
-        )
+        key = json.dumps(vars(spec), sort_keys=True)
+        if key not in self._forms:
+            self._become(None)
+            wrapped = self._wrap(spec)
+            wrapped.unwrap()
+            self._forms[key] = wrapped.form
+            for old in list(self._forms)[:-_FORMS_KEPT]:
+                del self._forms[old]
+        return self._forms[key]
+
+    def _wrap(self, spec: LoraSpec) -> Wrapped:
+        return Wrapped(self._model, spec, self._plain_layers)
 
     def release(self, adapter: Adapter | None) -> None:
         """Hold nothing of it any more."""
@@ -87,25 +106,31 @@ class TunedBase(Base):
             self._enter_form(form)
         if adapter is not None:
             views = adapter.tensors_of(adapter.compute)
-            for parameter, view in zip(adapter.form.parameters, views, strict=True):
+            for parameter, view in zip(self._parameters, views, strict=True):
                 parameter.data = view
         self._active = adapter
 
     def _enter_form(self, form: Form | None) -> None:
-        self._form = form
-        for number, parameter in enumerate(form.parameters if form else ()):
+        if form is self._whole:
+            self._parameters = self._all
+        elif form is not None:
+            self._wrapped = self._wrap(form.spec)
+            self._parameters = self._wrapped.parameters
+        for number, parameter in enumerate(self._parameters):
             parameter.requires_grad_(True)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._take_gradient(number)))
+        self._form = form
 
     def _leave_form(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        if self._form is not None:
-            for parameter, initial in zip(self._form.parameters, self._form.initial, strict=True):
+        if self._form is self._whole:
+            for parameter, initial in zip(self._all, self._whole.initial, strict=True):
                 parameter.requires_grad_(False)
                 parameter.data = initial
-        self._form = None
+        elif self._wrapped is not None:
+            self._wrapped.unwrap()
+        self._form, self._wrapped, self._parameters, self._hooks = None, None, (), []
 
     def _take_gradient(self, number: int) -> Callable[[torch.Tensor], None]:
         """What autograd calls when the gradient of a pass is complete: it is added to the float32 sum."""
@@ -148,7 +173,6 @@ def _whole(model: Any) -> Form:
     return Form(
         LoraSpec(0, 0, method="full"),
         tuple(named),
-        parameters,
         tuple(parameter.data for parameter in parameters),
         model.config.__class__.from_dict(config).to_json_string(),
         (at[id(output.weight)], -1 if output.bias is None else at[id(output.bias)]),

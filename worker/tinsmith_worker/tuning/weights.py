@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Layout, elements
 from tinsmith_worker.contract import AdapterState, LoraSpec
@@ -17,13 +16,12 @@ from tinsmith_worker.contract import AdapterState, LoraSpec
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """The parameters that runs of this spec train, each under its name in the files; what they are before
-    the first step; `config`: JSON that others want beside such files. `unembedding`: where among them the
-    output embedding's weight and bias are, -1 for what is not trained."""
+    """The parameters that runs of this spec train, by their names in the files, and what they are before the
+    first step; `config`: JSON that others want beside such files. `unembedding`: where among them the output
+    embedding's weight and bias are, -1 for what is not trained."""
 
     spec: LoraSpec
     names: tuple[str, ...]
-    parameters: tuple[nn.Parameter, ...]
     initial: tuple[torch.Tensor, ...]
     config: str
     unembedding: tuple[int, int] = (-1, -1)

@@ -109,20 +109,20 @@ class ServiceClient:
         self,
         base_model: str,
         method: str,
+        settings: Mapping[str, int] | None = None,
         seed: int | None = None,
         train_mlp: bool = True,
         train_attn: bool = True,
         user_metadata: Mapping[str, Any] | None = None,
-        **settings: int,
     ) -> TrainingClientFuture:
         """A new run that trains `base_model` by another method of the PEFT library than LoRA, as in
-        `create_peft_training_client(model, "oft", block_size=16)`; `tinsmith.wire.methods` lists them with
-        their settings. On a worker of its own: the base model must have a single-tenant pool."""
+        `create_peft_training_client(model, "oft", {"block_size": 16})`; `tinsmith.wire.methods` lists them
+        with their settings. On a worker of its own: the base model must have a single-tenant pool."""
         tuning = {
             "method": method,
             "train_mlp": train_mlp,
             "train_attn": train_attn,
-            "settings": settings,
+            "settings": dict(settings or {}),
             **({} if seed is None else {"seed": seed}),
         }
         fields = {

@@ -167,7 +167,7 @@ def test_our_client_trains_by_another_method_and_takes_it_home(alone: RunningSer
         {"target_tokens": tokens(2)[1:], "weights": [1.0] * 23},
     )
     with tinsmith.ServiceClient(base_url=alone.url, api_key=alone.key) as service:
-        training = service.create_peft_training_client(MODEL, "oft", block_size=16)
+        training = service.create_peft_training_client(MODEL, "oft", {"block_size": 16})
         info = training.get_info()
         assert (info.is_lora, info.lora_rank) == (False, None)
         assert info.tuning_config == {"method": "oft", "settings": {"block_size": 16}}
@@ -184,10 +184,10 @@ def test_our_client_trains_by_another_method_and_takes_it_home(alone: RunningSer
         run = service.create_rest_client().get_training_run(training.model_id).result()
         assert (run.is_lora, run.lora_rank) == (False, None)
         with pytest.raises(tinsmith.RequestFailed, match="block_size 24 does not divide"):
-            service.create_peft_training_client(MODEL, "oft", block_size=24).result()
+            service.create_peft_training_client(MODEL, "oft", {"block_size": 24}).result()
         folder = training.export(tmp_path / "adapter")
-        merged = training.export(tmp_path / "merged", "merged", base=str(tiny_base.FOLDER))
-    base = AutoModelForCausalLM.from_pretrained(tiny_base.FOLDER)
+        merged = training.export(tmp_path / "merged", "merged", base=str(tiny_base.FOLDER), dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base.FOLDER, dtype=torch.float32)
     for model in (PeftModel.from_pretrained(base, folder), AutoModelForCausalLM.from_pretrained(merged)):
         np.testing.assert_allclose(found, by_transformers(model, tokens(2)), atol=1e-4)
 

@@ -2,7 +2,7 @@
 # make demo      fine-tune a small model through a service of your own
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
-# make test-versions, compatibility, fuzz: other SDKs and clients; see below
+# make test-versions, test-vllm, compatibility, fuzz: other SDKs and clients, vLLM; see below
 # make bench-train, bench-service, bench-sample, bench-scale, bench-control, bench-load, bench-abuse, chaos, proto, lint,
 # gpu-check, base: see below
 
@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: install demo cookbook test test-versions test-cookbook fuzz compatibility lint
+.PHONY: install demo cookbook test test-versions test-cookbook test-vllm fuzz compatibility lint
 .PHONY: bench-train bench-service bench-sample bench-scale bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
@@ -70,6 +70,10 @@ test-versions: install
 # The official cookbook as it is: supervised training and reinforcement learning, offline.
 test-cookbook: install
 	.venv/bin/python -m pytest tests/versions/cookbook.py $(ARGS)
+
+# vLLM as it is, for CPUs, sampling for workers (3.5 GB, built the first time).
+test-vllm: install
+	.venv/bin/python -m pytest tests/versions/vllm.py tests/versions/vllm_pool.py $(ARGS)
 
 # 5,000 examples of what the OpenAPI document allows.
 fuzz: install

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +162,10 @@ class RunningFleet:
         model: str = "tinsmith/tiny",
         workers: int = 2,
         apis: int = 2,
+        roles: Sequence[str] = (),
         **settings: object,
     ) -> None:
+        """`roles`: of the workers, if they are not to do everything."""
         from tests import servers
         from tinsmith_api.journal.s3 import make_bucket
 
@@ -189,6 +191,8 @@ class RunningFleet:
         self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
         self.commands = {f"api{i}": ["api", "--port", str(port)] for i, port in enumerate(self.ports)}
         self.commands |= {f"worker{i}": ["worker", "--pool", model] for i in range(workers)}
+        for number, role in enumerate(roles):
+            self.commands[f"worker{number}"] += ["--role", role]
         self.commands |= {"jobs": ["jobs"], "beat": ["beat"]}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.starts: dict[str, int] = {}

@@ -75,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
             help="what is sampled is scored by the trainer's forward, too",
         )
         command.add_argument(
+            "--sampler", choices=["tinsmith", "vllm"], help="what samples: the workers, or vLLM beside them"
+        )
+        command.add_argument(
             "--nproc", type=int, help="processes of a worker, one a GPU; started by torchrun it is told by it"
         )
         command.add_argument(

@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     engine: Literal["torch", "null"] = "torch"
     deterministic: bool = False
     exact_logprobs: bool = False
+    # What samples: the workers themselves, or a vLLM that each worker which samples starts, as this program
+    # with these options of `vllm serve`.
+    sampler: Literal["tinsmith", "vllm"] = "tinsmith"
+    vllm: str = "vllm"
     pass_tokens: int = Field(8192, ge=64)
     # How a worker of several processes, one a GPU, holds its base: whole in each, or each a part of it.
     parallel: Literal["none", "fsdp2"] = "none"
@@ -188,6 +192,8 @@ def worker_arguments(settings: Settings, base_model: str, path: str) -> list[str
         "parallel": settings.parallel,
         "nproc": settings.nproc,
         "quantize": settings.quantize,
+        "sampler": settings.sampler,
+        "vllm": settings.vllm,
     }
     arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     flags = {

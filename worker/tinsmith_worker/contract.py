@@ -263,6 +263,10 @@ class Sampler(Protocol):
         """One decode step of everything under way (prefilling what is new); what finished."""
         ...
 
+    def notify(self, call: Callable[[], None]) -> None:
+        """Call this, on any thread, when it became busy by itself."""
+        ...
+
     def pieces(self) -> list[SampledPiece]:
         """Tokens that came back since this was called last, of requests that are streamed. What is left out
         comes with the whole."""
@@ -276,4 +280,6 @@ class Sampler(Protocol):
         ...
 
     @property
-    def busy(self) -> bool: ...
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        ...

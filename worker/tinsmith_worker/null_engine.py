@@ -1,6 +1,6 @@
 """An engine that answers without computing, for measuring everything around it. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -119,6 +119,8 @@ class NullSampler:
     def step(self) -> list[SampleOutput | tuple[str, Failure]]:
         waiting, self._waiting = self._waiting, []
         return [_sampled(given) for given in waiting]
+
+    def notify(self, call: Callable[[], None]) -> None: ...
 
     def pieces(self) -> list[SampledPiece]:
         return []

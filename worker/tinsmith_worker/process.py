@@ -170,6 +170,7 @@ class Worker:
             on_lost=lambda run_id, epoch: self.inbox.put(LeaseGone(run_id, epoch)),
             on_room=lambda: self.inbox.put(Room()),
         )
+        sampler.notify(lambda: self.inbox.put(Computed()))
         self.sampling = Sampling(
             sampler,
             self.intake,

@@ -143,6 +143,9 @@ class TorchSampler:
         done, self._done = self._done, []
         return done
 
+    def notify(self, call: Callable[[], None]) -> None:
+        """It becomes busy by being given something, and not otherwise."""
+
     def pieces(self) -> list[SampledPiece]:
         pieces, self._pieces = self._pieces, []
         return pieces

@@ -1,0 +1,197 @@
+"""Keeps `contract.Sampler` by asking vLLM: every request is a call of its own, made and awaited on a thread
+beside the engine's."""
+
+import asyncio
+import hashlib
+import json
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tinsmith.errors import InvalidInput
+from tinsmith_worker import checkpoints
+from tinsmith_worker.contract import (
+    AdapterState,
+    Failure,
+    SampledPiece,
+    SampleInput,
+    SampleOutput,
+)
+from tinsmith_worker.vllm import wire
+from tinsmith_worker.vllm.server import BASE, MOST_SEQUENCES, Server
+
+Json = dict[str, Any]
+_Finished = SampleOutput | tuple[str, Failure]
+
+
+class VllmSampler:
+    """Adapters are given to vLLM as PEFT's files, under a name that none had before and none will have again:
+    a name of the weights, and not of the checkpoint."""
+
+    def __init__(self, server: Server, end_tokens: Sequence[int]) -> None:
+        self._server = server
+        self._end_tokens = end_tokens
+        self._notify: Callable[[], None] = lambda: None
+        self._held: dict[str, Future[str]] = {}  # the name it is called by, once it is loaded
+        self._under_way: dict[str, Future[None]] = {}
+        self._finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[SampledPiece] = queue.SimpleQueue()
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(
+                uds=str(server.socket), limits=httpx.Limits(max_connections=None)
+            ),
+            base_url="http://vllm",
+            timeout=None,  # noqa: S113 - a sample takes as long as it takes; vLLM's end is heard of
+        )
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="vllm-calls", daemon=True).start()
+
+    def close(self) -> None:
+        """End vLLM."""
+        self._server.close()
+
+    def notify(self, call: Callable[[], None]) -> None:
+        self._notify = call
+
+    # -- weights
+
+    def hold(self, sampler_id: str, weights: Any) -> None:
+        if sampler_id not in self._held and isinstance(weights, AdapterState):  # else they come as files
+            self._held[sampler_id] = self._begin(self._load(sampler_id, weights))
+
+    def holds(self, sampler_id: str) -> bool:
+        return sampler_id in self._held
+
+    def release(self, sampler_id: str) -> None:
+        if (loaded := self._held.pop(sampler_id, None)) is not None:
+            self._begin(self._unload(loaded))
+
+    async def _load(self, sampler_id: str, weights: AdapterState) -> str:
+        if weights.spec.method != "lora":
+            raise InvalidInput("vLLM samples adapters here, and these are all weights of a model")
+        name = hashlib.sha256(sampler_id.encode()).hexdigest()[:32]
+        folder = self._server.folder / name
+        await asyncio.to_thread(_write, folder, weights)
+        answer = await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if answer.status_code != 200:
+            shutil.rmtree(folder)
+            raise InvalidInput(f"vLLM does not take this adapter: {_said(answer)}")
+        return name
+
+    async def _unload(self, loaded: "Future[str]") -> None:
+        name = await asyncio.wrap_future(loaded)
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+        await asyncio.to_thread(shutil.rmtree, self._server.folder / name)
+
+    # -- samples
+
+    def add(self, given: SampleInput) -> None:
+        wire.check(given)
+        self._under_way[given.request_id] = self._begin(self._sample(given))
+
+    def cancel(self, request_id: str) -> None:
+        """vLLM hears that the connection ends, and stops."""
+        if (call := self._under_way.pop(request_id, None)) is not None:
+            call.cancel()
+
+    def step(self) -> list[_Finished]:
+        finished = []
+        while not self._finished.empty():
+            one = self._finished.get()
+            request_id = one.request_id if isinstance(one, SampleOutput) else one[0]
+            if self._under_way.pop(request_id, None) is not None:
+                finished.append(one)
+        return finished
+
+    def pieces(self) -> list[SampledPiece]:
+        found = []
+        while not self._pieces.empty():
+            found.append(self._pieces.get())
+        return found
+
+    @property
+    def most_sequences(self) -> int:
+        return MOST_SEQUENCES
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to take up. What vLLM samples keeps nobody waiting here."""
+        return not (self._finished.empty() and self._pieces.empty())
+
+    async def _sample(self, given: SampleInput) -> None:
+        try:
+            model = await asyncio.wrap_future(self._held[given.sampler_id]) if given.sampler_id else BASE
+            body = wire.request(given, model, self._end_tokens)
+            answer = await (self._stream(given, body) if given.is_streamed else self._complete(body))
+            self._finish(wire.output(given, answer))
+        except InvalidInput as error:
+            self._finish((given.request_id, Failure(str(error))))
+        except Exception as error:
+            self._finish((given.request_id, Failure(f"sampling by vLLM failed: {error!r}", "server")))
+
+    async def _complete(self, body: Json) -> Json:
+        answer = await self._post("/v1/completions", body)
+        _check(answer)
+        return dict(answer.json())
+
+    async def _stream(self, given: SampleInput, body: Json) -> Json:
+        gathering = wire.Gathering(given)
+        try:
+            async with self._http.stream("POST", "/v1/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    await answer.aread()
+                    _check(answer)
+                async for line in answer.aiter_lines():
+                    event = line.removeprefix("data: ")
+                    if not event or event == "[DONE]":
+                        continue
+                    part = json.loads(event)
+                    if "error" in part:
+                        raise RuntimeError(part["error"])
+                    for piece in gathering.take(part):
+                        self._pieces.put(piece)
+                    self._notify()
+        except httpx.TransportError as error:
+            self._server.lost(error)
+            raise
+        return gathering.answer
+
+    def _finish(self, finished: _Finished) -> None:
+        self._finished.put(finished)
+        self._notify()
+
+    async def _post(self, path: str, body: Any) -> httpx.Response:
+        try:
+            return await self._http.post(path, json=body)
+        except httpx.TransportError as error:
+            self._server.lost(error)
+            raise
+
+    def _begin(self, call: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(call, self._loop)
+
+
+def _write(folder: Path, weights: AdapterState) -> None:
+    folder.mkdir()
+    for name, body in checkpoints.export(weights, BASE).items():
+        (folder / name).write_bytes(body)
+
+
+def _check(answer: httpx.Response) -> None:
+    if answer.status_code >= 500:
+        raise RuntimeError(_said(answer))
+    if answer.status_code != 200:
+        raise InvalidInput(f"vLLM says: {_said(answer)}")
+
+
+def _said(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (json.JSONDecodeError, LookupError, TypeError):
+        return f"status {answer.status_code}"

@@ -3,14 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
 
-from tests.conftest import RunningFleet
+from tests.conftest import RunningFleet, RunningService
 from tests.e2e.wire import Json, Wire, datum, logprobs
 from tests.servers import wait_until
 from tests.versions.vllm import ROUNDING, command
@@ -18,7 +20,7 @@ from tinsmith.wire import tinsmith_pb2 as pb
 
 MODEL = "tinsmith/tiny"
 TEXT = [5, 6, 7, 8, 9, 10]
-LONG = {"max_tokens": 1500, "seed": 3, "temperature": 1.0, "stop": []}
+LONG = {"max_tokens": 600, "seed": 3, "temperature": 1.0, "stop": []}
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -38,10 +40,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
 
 
 def vllms() -> list[int]:
-    found = subprocess.run(
-        ["pgrep", "-f", "vllm serve .*tinsmith-vllm-"], capture_output=True, text=True
-    ).stdout
-    return [int(pid) for pid in found.split()]
+    """The processes of vLLM, the one that answers calls first; not the one that looks after them."""
+    words = ["pgrep", "-af", "vllm serve .*tinsmith-vllm-|^VLLM::"]
+    found = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in found if "vllm.guardian" not in line]
 
 
 @pytest.fixture
@@ -134,6 +136,32 @@ def test_its_tokens_are_streamed(fleet: RunningFleet) -> None:
         texts[choice.index] += choice.text
     assert sum(map(len, texts)) > 50
     assert texts == [choice.text for choice in client.completions.create(**asked).choices]
+
+
+def test_one_worker_trains_and_lets_vllm_sample(tmp_path: Path) -> None:
+    """As `tinsmith serve` has it."""
+    running = RunningService(tmp_path, config=f'sampler = "vllm"\nvllm = "{command()}"\n')
+    wire = Wire(running.url, running.key)
+    run = trained(wire)
+    sampler = sampler_of(wire, run, 3)
+    long = wire.sample(sampler, 0, TEXT, params=LONG)
+    train(wire, run, 4)
+    assert running.sql("select state from operations where request_id = ?", long["request_id"]) == [
+        ("queued",)
+    ]
+    assert len(wire.sampled(long).sequences[0].tokens) == 4 * LONG["max_tokens"]
+    assert running.stop() == 0, running.log_text()
+    assert "Traceback" not in running.log_text(), running.log_text()
+
+
+@pytest.mark.parametrize("option", ["--exact-logprobs", "--single-tenant"])
+def test_what_does_not_go_with_vllm_is_said_at_the_start(tmp_path: Path, option: str) -> None:
+    words = ["serve", "--port", "0", "--data-dir", str(tmp_path), "--sampler", "vllm", option]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tinsmith_api.cli", *words], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    assert "sampler tinsmith" in ended.stderr + ended.stdout
 
 
 def test_a_vllm_that_is_killed_takes_its_worker_with_it_and_the_sample_is_answered_by_the_next(

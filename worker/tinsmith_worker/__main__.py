@@ -209,6 +209,8 @@ def _open_engine(given: argparse.Namespace, place: Place | None) -> tuple[Engine
         return NullEngine(), NullSampler()
     if given.sampler == "vllm" and given.exact_logprobs:
         raise ValueError("exact logprobs are the trainer's: they need sampler tinsmith")
+    if given.sampler == "vllm" and given.single_tenant:
+        raise ValueError("vLLM samples adapters here, not whole models: single tenants need sampler tinsmith")
     if given.sampler == "vllm" and given.role == "sample":
         return _open_vllm(given)
     from tinsmith_worker.open_engine import Holding, open_engine

@@ -18,6 +18,8 @@ from tinsmith.wire.losses import LOSSES
 from tinsmith_worker import checkpoints
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, SampleInput, Work
 from tinsmith_worker.engine import EngineSettings
+from tinsmith_worker.open_engine import Holding, open_engine
+from tinsmith_worker.parallel.launch import Place
 from tinsmith_worker.tuning.base import TunedBase
 from tinsmith_worker.tuning.engine import FULL, TunedEngine, TunedSampler
 
@@ -189,6 +191,27 @@ def expected_logprobs(model: Any, given: TrainInput) -> torch.Tensor:
     with torch.no_grad():
         logits = model(torch.from_numpy(given.tokens_T.astype(np.int64))[None]).logits[0]
     return logits.log_softmax(1).gather(1, torch.from_numpy(given.targets_TK))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"holding": Holding(parallel="fsdp2")},
+        {"holding": Holding(quantize="nf4")},
+        {"place": Place(0, 2, 0, "file:///nowhere")},
+        {"exact_logprobs": True},
+    ],
+    ids=str,
+)
+def test_a_single_tenant_worker_of_several_processes_or_in_four_bits_is_refused(options: Any) -> None:
+    with pytest.raises(ValueError, match="a single-tenant worker is one process with a whole base"):
+        open_engine("tiny", deterministic=False, pass_tokens=64, single_tenant=True, **options)
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    shape = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+    with pytest.raises(InvalidInput, match="it is a mixture of experts"):
+        TunedBase(tiny.model("qwen3_moe", **shape))
 
 
 # -- sampling --------------------------------------------------------------------------------------------

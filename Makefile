@@ -3,15 +3,15 @@
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
 # make test-versions, test-vllm, compatibility, fuzz: other SDKs and clients, vLLM; see below
-# make bench-train, bench-service, bench-sample, bench-scale, bench-control, bench-load, bench-abuse, chaos, proto, lint,
-# gpu-check, base: see below
+# make bench-train, bench-service, bench-sample, bench-scale, bench-hold, bench-control, bench-load, bench-abuse, chaos,
+# proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
 .PHONY: install demo cookbook test test-versions test-cookbook test-vllm fuzz compatibility lint
-.PHONY: bench-train bench-service bench-sample bench-scale bench-control bench-load bench-abuse chaos proto gpu-check base
+.PHONY: bench-train bench-service bench-sample bench-scale bench-hold bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -106,6 +106,10 @@ bench-service: install
 # One worker on several GPUs against one of them; on any machine a rehearsal of it (ARGS="--tiny").
 bench-scale: install
 	.venv/bin/python tests/benchmarks/scale.py $(ARGS)
+
+# A base whole, in four bits, and in parts off the GPU; on any machine a rehearsal of it (ARGS="--tiny").
+bench-hold: install
+	.venv/bin/python tests/benchmarks/hold.py $(ARGS)
 
 # The control plane alone: a service with an engine that computes nothing.
 bench-control: install

@@ -82,14 +82,19 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--parallel",
-            choices=["none", "fsdp2"],
-            help="how they hold the base: none, whole in each (the default), or fsdp2, each a part of it",
+            choices=["none", "fsdp2", "deepspeed"],
+            help="how they hold the base: none, whole in each (the default), or each a part of it",
         )
         command.add_argument(
             "--offload",
             action="store_true",
             default=None,
-            help="with fsdp2: the base's layers stay in host memory, and come to the GPU when they run",
+            help="of a base in parts: its layers stay in host memory, and come to the GPU when they run",
+        )
+        command.add_argument(
+            "--offload-folder",
+            metavar="FOLDER",
+            help="with deepspeed: they stay in files there, on a fast disk",
         )
         command.add_argument("--quantize", choices=["nf4"], help="keep the base's layers in four bits")
         command.add_argument(

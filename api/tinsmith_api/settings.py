@@ -52,9 +52,10 @@ class Settings(BaseSettings):
     vllm: str = "vllm"
     pass_tokens: int = Field(8192, ge=64)
     # How a worker of several processes, one a GPU, holds its base: whole in each, or each a part of it.
-    parallel: Literal["none", "fsdp2"] = "none"
+    parallel: Literal["none", "fsdp2", "deepspeed"] = "none"
     nproc: int = Field(1, ge=1)
-    offload: bool = False  # with fsdp2: the base's layers stay in host memory
+    offload: bool = False  # of a base in parts: the layers stay in host memory
+    offload_folder: str = ""  # with deepspeed: they stay in this folder, on a fast disk
     quantize: Literal["", "nf4"] = ""  # nf4: the base's layers in four bits
     single_tenant: bool = False  # workers train one run each: all weights, or another method than LoRA
     gap_seconds: float = Field(600.0, gt=0)
@@ -191,6 +192,7 @@ def worker_arguments(settings: Settings, base_model: str, path: str) -> list[str
         "lease-seconds": settings.lease_seconds,
         "parallel": settings.parallel,
         "nproc": settings.nproc,
+        "offload-folder": settings.offload_folder,
         "quantize": settings.quantize,
         "sampler": settings.sampler,
         "vllm": settings.vllm,

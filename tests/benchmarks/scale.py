@@ -5,7 +5,8 @@
     PYTHONPATH=client:api:worker python3 tests/benchmarks/scale.py --tiny  # any machine: two processes, small shapes
 
 Random weights and tokens, bfloat16 on GPUs, 16k tokens a card and step (forward, backward, AdamW). Parts:
-scaling   the 8B shape on one card, replicated, and sharded with fsdp2; their gradients against one card's
+scaling   the 8B shape on one card, replicated, and cut by fsdp2 and by deepspeed; their gradients against
+          one card's
 exact     the same gradients in float32, on the 0.6B shape
 large     the 32B shape with fsdp2, which no single card holds
 kill      a rank killed in mid-step; a new group restores the last snapshot and repeats what came after it
@@ -49,6 +50,7 @@ from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.launch import Followers, end_with_leader, place_in_environment, start_followers
 from tinsmith_worker.parallel.load import empty_model, give_memory
 from tinsmith_worker.parallel.shard import ShardedBase, shard
+from tinsmith_worker.parallel.zero import Parts
 from tinsmith_worker.sampler import TorchSampler
 
 Row = dict[str, Any]
@@ -142,22 +144,33 @@ class Single:
 def scaling(run: Run) -> None:
     shape = run.shape("8B")
     single = replicated(run, shape)
-    gc.collect()
-    train.free()
-    group = run.group
-    assert group is not None
-    engine = GroupEngine(ShardedBase(shard(train.model_of(shape), group), group), group, run.settings)
-    run.row(shape=shape, parallel="fsdp2", base_gib=allocated())
+    assert run.group is not None
+    for parallel, cut in CUTS.items():
+        gc.collect()
+        train.free()
+        engine = GroupEngine(
+            ShardedBase(cut(train.model_of(shape), run.group), run.group), run.group, run.settings
+        )
+        train.free()
+        run.row(shape=shape, parallel=parallel, base_gib=allocated())
+        run.follow(engine, functools.partial(cut_against, run, engine, single, parallel, shape))
+        del engine
 
-    def leads() -> None:
-        assert single is not None
-        difference = error(run.gradient(engine), single.gradient)
-        run.row(shape=shape, parallel="fsdp2", compiled=False, gradient_against_one_card=difference)
-        run.time(engine, engine._group.ranks, shape=shape, parallel="fsdp2", compiled=False)
-        compiled(engine)
-        compare(run, engine, single, shape=shape, parallel="fsdp2")
 
-    run.follow(engine, leads)
+def cut_against(run: Run, engine: GroupEngine, single: Single | None, parallel: str, shape: str) -> None:
+    assert single is not None
+    compiled(engine)
+    compare(run, engine, single, shape=shape, parallel=parallel)
+
+
+def cut_by_deepspeed(model: Any, group: Group) -> Any:
+    parts = Parts(model, group)
+    for name in parts:
+        parts.take(name, model.get_parameter(name).data)
+    return model
+
+
+CUTS: dict[str, Callable[[Any, Group], Any]] = {"fsdp2": shard, "deepspeed": cut_by_deepspeed}
 
 
 def replicated(run: Run, shape: str) -> Single | None:
@@ -209,12 +222,17 @@ def exact(run: Run) -> None:
     base = Base(train.model_of(shape))
     engine = GroupEngine(base, group, run.settings)
     run.follow(engine, replicated)
-    sharded = GroupEngine(ShardedBase(shard(train.model_of(shape), group), group), group, run.settings)
-    run.follow(sharded, lambda: found.update(fsdp2=run.gradient(sharded)))
-    for name in ("none", "fsdp2"):
+    for parallel, cut in CUTS.items():
+        cut_engine = GroupEngine(ShardedBase(cut(train.model_of(shape), group), group), group, run.settings)
+        run.follow(cut_engine, functools.partial(keep_gradient, run, cut_engine, found, parallel))
+    for name in ("none", *CUTS):
         if group.leads:
             difference = error(found[name], found["one card"])
             run.row(shape=shape, dtype="float32", parallel=name, gradient_against_one_card=difference)
+
+
+def keep_gradient(run: Run, engine: GroupEngine, found: dict[str, np.ndarray], name: str) -> None:
+    found[name] = run.gradient(engine)
 
 
 def large(run: Run) -> None:

@@ -17,7 +17,7 @@ MODEL = "tinsmith/tiny"
 CONFIG = "snapshot_seconds = 0.5\ndeterministic = true\n"
 
 
-@pytest.fixture(scope="module", params=["none", "fsdp2"])
+@pytest.fixture(scope="module", params=["none", "fsdp2", "deepspeed"])
 def group(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningService]:

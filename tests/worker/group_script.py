@@ -18,6 +18,7 @@ from tinsmith.wire import loss_graph
 from tinsmith.wire.batch import CustomInput, TrainInput
 from tinsmith.wire.losses import LOSSES
 from tinsmith_worker import checkpoints
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import (
     AdamParams,
     AdapterState,
@@ -33,7 +34,7 @@ from tinsmith_worker.model import Base
 from tinsmith_worker.parallel.engine import GroupEngine
 from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.launch import end_with_leader, place_in_environment, start_followers
-from tinsmith_worker.parallel.load import read_sharded
+from tinsmith_worker.parallel.load import read_sharded, read_zero
 from tinsmith_worker.parallel.shard import ShardedBase
 from tinsmith_worker.sampler import TorchSampler
 from tinsmith_worker.slots import Slots
@@ -140,6 +141,17 @@ def custom_batch(lengths: tuple[int, ...], *, seed: int) -> TrainInput:
     columns = [np.split(given.columns[name], given.offsets_S[1:-1]) for name in ("logprobs", "advantages")]
     custom = CustomInput(graph, tuple(zip(*columns, strict=True)))
     return replace(given, loss=loss_graph.LOSS, columns={}, custom=custom)
+
+
+def computed_anew(engine: TorchEngine) -> Found:
+    """The first layer runs again in the backward."""
+    engine._keep(Keeping(recomputed_layers=1))
+    engine.restore("run", tiny.trained(engine.base, SPEC))
+    (output,) = engine.forward_backward([Work("run", tiny.batch("ppo", (30, 12, 51)))])
+    found: Found = {"losses": output.losses_T, "gradient": engine.state("run").gradient}
+    engine.drop("run")
+    engine._keep(None)
+    return found
 
 
 def custom_losses(engine: TorchEngine) -> Found:
@@ -326,6 +338,7 @@ SCENARIOS: dict[str, Callable[[TorchEngine], Found]] = {
     scenario.__name__: scenario
     for scenario in (
         every_loss,
+        computed_anew,
         custom_losses,
         uneven_batches,
         tenants_together,
@@ -353,12 +366,7 @@ def main() -> None:
         place, followers = start_followers(given.ranks, command)
     end_with_leader()
     group = Group(place, torch.device("cpu"))
-    if given.parallel != "none":
-        offload = given.parallel == "offload"
-        model = read_sharded(given.folder, group, dtype=torch.float32, offload=offload)
-        base: Base = ShardedBase(model, group)
-    else:
-        base = Base.load(given.folder, device="cpu", dtype=torch.float32)
+    base = read_base(given, group)
     engine = GroupEngine(base, group, EngineSettings(256, given.deterministic))
     if group.leads:
         lead(engine, given)
@@ -369,6 +377,18 @@ def main() -> None:
     if followers is not None:
         followers.let_go()
     np.save(given.out / f"kept{group.rank}.npy", engine._adapters["kept"].weights.numpy())
+
+
+def read_base(given: argparse.Namespace, group: Group) -> Base:
+    """`parallel` with what is offloaded, and where to: "fsdp2 host", "deepspeed disk"."""
+    parallel, _, where = given.parallel.partition(" ")
+    if parallel == "none":
+        return Base.load(given.folder, device=group.device, dtype=torch.float32)
+    options: dict[str, Any] = {"dtype": torch.float32, "offload": where == "host"}
+    if parallel == "fsdp2":
+        return ShardedBase(read_sharded(given.folder, group, **options), group)
+    folder = str(given.out.with_name(f"{given.out.name} disk")) if where == "disk" else ""
+    return ShardedBase(read_zero(given.folder, group, **options, folder=folder), group)
 
 
 def lead(engine: TorchEngine, given: argparse.Namespace) -> None:

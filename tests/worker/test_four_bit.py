@@ -114,6 +114,8 @@ def test_a_mixture_is_refused_with_a_sentence(tmp_path: Path) -> None:
     "holding, sentence",
     [
         (Holding("fsdp2", quantize="nf4"), "four bits cannot be cut"),
+        (Holding("deepspeed", quantize="nf4"), "four bits cannot be cut"),
+        (Holding("fsdp2", offload_folder="/scratch"), "needs parallel deepspeed"),
         (Holding(offload=True), "needs parallel fsdp2"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from tests.worker import group_script as script
 from tests.worker import tiny
@@ -18,12 +19,14 @@ from tinsmith_worker.contract import Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.parallel.engine import deal
-from tinsmith_worker.parallel.load import read_sharded
+from tinsmith_worker.parallel.load import read_sharded, read_zero
+from tinsmith_worker.parallel.zero import own_place
 
-PARALLEL = ("none", "fsdp2")
-# "offload" is fsdp2 with the parts in host memory; it may well be one process.
+PARALLEL = ("none", "fsdp2", "deepspeed")
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-GROUPS = [(parallel, ranks) for ranks in (2, 3) for parallel in PARALLEL] + [("offload", 1)]
+GROUPS = [(parallel, ranks) for ranks in (2, 3) for parallel in PARALLEL]
+# With the parts in host memory; it may well be one process.
+GROUPS += [("fsdp2 host", 1), ("deepspeed host", 1), ("deepspeed host", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixture")
     tiny.model("qwen3_moe", **EXPERTS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with parts of a MiB and more, which DeepSpeed keeps on a disk, and with smaller ones, which it does not."""
+    folder = tmp_path_factory.mktemp("wide")
+    tiny.model(tied=False, hidden_size=128, intermediate_size=4096).save_pretrained(folder)
     return folder
 
 
@@ -71,7 +82,9 @@ def group(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunGroup:
             if ranks == 3:
                 command += ["--resume", str(run(parallel, 2))]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+            # DeepSpeed compiles what it reads disks with, once on a machine.
+            patience = 1500 if parallel == "deepspeed disk" else 280
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience)
             assert done.returncode == 0, done.stderr
         return out
 
@@ -160,10 +173,36 @@ def test_a_mixture_is_trained_by_a_group(mixture: Path, group: RunGroup) -> None
                 assert tiny.worst(found[name], theirs) <= allowed(scenario.__name__, name), name
 
 
-def test_a_mixture_is_not_cut_and_says_so(mixture: Path) -> None:
+@pytest.mark.parametrize("read", [read_sharded, read_zero])
+def test_a_mixture_is_not_cut_and_says_so(read: Callable[..., Any], mixture: Path) -> None:
     nobody: Any = None  # no other rank is asked
     with pytest.raises(InvalidInput, match=r"Qwen3MoeForCausalLM cannot be cut .* parallel none"):
-        read_sharded(mixture, nobody, dtype=torch.float32)
+        read(mixture, nobody, dtype=torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@pytest.mark.skipif(not AsyncIOBuilder().is_compatible(), reason="needs libaio's headers and a C++ compiler")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_base_on_a_disk_is_trained_and_sampled(ranks: int, wide: Path, group: RunGroup) -> None:
+    out = group("deepspeed disk", ranks, of=wide)
+    weights = [file for file in out.with_name(f"{out.name} disk").rglob("*.swp") if file.stat().st_size]
+    gate_up_down = 2 * 3 * 128 * 4096 * 4
+    assert sum(file.stat().st_size for file in weights) == gate_up_down
+    engine = TorchEngine(Base.load(wide, device="cpu", dtype=torch.float32), EngineSettings(256))
+    for scenario in (script.every_loss, script.uneven_batches, script.tenants_together, script.sampling):
+        expected = scenario(engine)
+        with np.load(out / f"{scenario.__name__}.npz") as found:
+            assert set(found) == set(expected)
+            for name, theirs in expected.items():
+                assert tiny.worst(found[name], theirs) <= 1e-6, (scenario.__name__, name)
+
+
+def test_an_offload_folder_belongs_to_one_worker(tmp_path: Path) -> None:
+    first = own_place(tmp_path, 0)
+    with pytest.raises(ValueError, match=f"{first} is another worker's"):
+        own_place(tmp_path, 0)
+    assert own_place(tmp_path, 1) != first
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sampler", choices=["tinsmith", "vllm"], default="tinsmith")
     parser.add_argument("--vllm", default="vllm", help="with --sampler vllm: its program and options")
-    parser.add_argument("--parallel", choices=["none", "fsdp2"], default="none")
+    parser.add_argument("--parallel", choices=["none", "fsdp2", "deepspeed"], default="none")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--single-tenant", action="store_true")
+    parser.add_argument("--offload-folder", default="")
     parser.add_argument("--quantize", choices=["", "nf4"], default="")
     parser.add_argument("--nproc", type=int, default=1, help="processes, one a GPU; torchrun says it itself")
     parser.add_argument("--pass-tokens", type=int, default=WorkerSettings.pass_tokens)
@@ -223,7 +224,7 @@ def _open_engine(given: argparse.Namespace, place: Place | None) -> tuple[Engine
         role="train" if by_vllm else given.role,
         pass_tokens=given.pass_tokens,
         place=place,
-        holding=Holding(given.parallel, given.offload, given.quantize),
+        holding=Holding(given.parallel, given.offload, given.offload_folder, given.quantize),
         single_tenant=given.single_tenant,
     )
     return engine, _open_vllm(given)[1] if by_vllm else sampler

@@ -16,7 +16,7 @@ from tinsmith_worker.null_engine import NullSampler
 from tinsmith_worker.parallel.engine import GroupEngine
 from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.launch import Place
-from tinsmith_worker.parallel.load import read_sharded
+from tinsmith_worker.parallel.load import read_sharded, read_zero
 from tinsmith_worker.parallel.shard import ShardedBase
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
 
@@ -25,19 +25,27 @@ BUILT_IN = "tiny"
 
 @dataclass(frozen=True)
 class Holding:
-    """How a worker holds its base. parallel: whole on every rank ("none") or each layer cut among them
-    ("fsdp2"), then with `offload` in host memory until it runs. quantize: "nf4" for layers in four bits."""
+    """How a worker holds its base. parallel: whole on every rank ("none"), or each layer cut among them
+    ("fsdp2", "deepspeed"); then with `offload` in host memory until it runs, and with `offload_folder` in
+    files there, by deepspeed. quantize: "nf4" for layers in four bits."""
 
     parallel: str = "none"
     offload: bool = False
+    offload_folder: str = ""
     quantize: str = ""
+
+    @property
+    def is_cut(self) -> bool:
+        return self.parallel != "none"
 
     def check(self) -> None:
         """ValueError for what does not go together."""
-        if self.quantize and self.parallel == "fsdp2":
+        if self.quantize and self.is_cut:
             raise ValueError("a base in four bits cannot be cut: leave out quantize, or take parallel none")
-        if self.offload and self.parallel != "fsdp2":
+        if self.offload and not self.is_cut:
             raise ValueError("offload is for a base that is cut: it needs parallel fsdp2 (nproc may be 1)")
+        if self.offload_folder and self.parallel != "deepspeed":
+            raise ValueError("an offload folder needs parallel deepspeed (nproc may be 1)")
 
 
 def open_engine(
@@ -61,7 +69,7 @@ def open_engine(
             "a single-tenant worker is one process with a whole base: leave out nproc, parallel, offload, "
             "quantize and exact_logprobs"
         )
-    if exact_logprobs and holding.parallel == "fsdp2":
+    if exact_logprobs and holding.is_cut:
         raise ValueError("exact logprobs are scored by one process: they need parallel none")
     transformers_logging.disable_progress_bar()
     path = str(tiny_base.FOLDER) if path == BUILT_IN else path
@@ -72,7 +80,7 @@ def open_engine(
     if single_tenant:
         return _open_tuned(path, settings, role, device)
     group = Group(place, device) if place else None
-    base = _read(path, holding, group, device)
+    base = read_base(path, holding, group, device)
     engine = TorchEngine(base, settings)
     if group is not None:
         engine = GroupEngine(base, group, settings)
@@ -125,9 +133,13 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _read(path: str, holding: Holding, group: Group | None, device: torch.device) -> Base:
+def read_base(path: str, holding: Holding, group: Group | None, device: torch.device) -> Base:
+    """All ranks of a group, if there is one, call this together."""
     dtype = _dtype(device)
     if holding.parallel == "fsdp2" and group is not None:
         model = read_sharded(path, group, dtype=dtype, offload=holding.offload)
+        return ShardedBase(model, group, tokenizer=path)
+    if holding.parallel == "deepspeed" and group is not None:
+        model = read_zero(path, group, dtype=dtype, offload=holding.offload, folder=holding.offload_folder)
         return ShardedBase(model, group, tokenizer=path)
     return Base.load(path, device=device, dtype=dtype, four_bit=holding.quantize == "nf4")

@@ -1,7 +1,7 @@
 """Reading a base from its safetensors files, each rank its own rows and nothing else."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.shard import shard
+from tinsmith_worker.parallel.zero import Parts
 
 _INDEX = "model.safetensors.index.json"
 
@@ -23,15 +24,42 @@ def read_sharded(path: str | Path, group: Group, *, dtype: torch.dtype, offload:
     """The transformers model in folder or hub id `path`, cut among the ranks; `offload`: as in `shard`. No
     host ever holds more of it than its ranks' parts. ValueError if its files do not name what the model is
     made of."""
+    model, folder = _empty(path, dtype)
+    give_memory(shard(model, group, offload=offload), group.device, offload=offload)
+    _fill(model, folder, lambda _, parameter, part_of: _copy(parameter, part_of))
+    return model
+
+
+def read_zero(
+    path: str | Path, group: Group, *, dtype: torch.dtype, offload: bool = False, folder: str = ""
+) -> Any:
+    """The same cut by DeepSpeed; `offload` and `folder`: as in `Parts`. A host holds a tensor more than its
+    ranks' parts. ValueError also without DeepSpeed."""
+    model, files = _empty(path, dtype)
+    parts = Parts(model, group, offload=offload, folder=folder)
+    give_memory_beside(model, parts, group.device)
+
+    def take(name: str, parameter: Any, part_of: Any) -> None:
+        if name not in parts:
+            _copy(parameter, part_of)
+        elif group.leads:
+            parts.take(name, part_of[:].to(dtype))
+        else:
+            parts.take(name, torch.empty(parameter.shape, dtype=dtype))
+
+    _fill(model, files, take)
+    return model
+
+
+def _empty(path: str | Path, dtype: torch.dtype) -> tuple[Any, Path]:
+    """A model without memory for its parameters, and the folder of its files."""
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"]))
     model = empty_model(AutoConfig.from_pretrained(folder), dtype=dtype)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    give_memory(shard(model, group, offload=offload), group.device, offload=offload)
-    _fill(model, folder)
-    return model
+    return model, folder
 
 
 def empty_model(config: Any, *, dtype: torch.dtype) -> Any:
@@ -59,12 +87,25 @@ def give_memory(model: Any, device: torch.device, *, offload: bool = False) -> N
     model.tie_weights()
 
 
-def _fill(model: Any, folder: Path) -> None:
+def give_memory_beside(model: Any, parts: Parts, device: torch.device) -> None:
+    """Memory on `device` for all of an empty model but those parts, not written to yet."""
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and f"{path}.{name}" not in parts:
+                whole = torch.empty_like(parameter, device=device)
+                module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+    model.tie_weights()
+
+
+def _fill(model: Any, folder: Path, take: Callable[[str, Any, Any], None]) -> None:
+    """`take` is given every parameter with its name and what reads the rows that are asked for."""
     wanted: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     read: set[int] = set()
     for name, part_of in _tensors(folder):
         if (parameter := wanted.get(name)) is not None:
-            _copy(parameter, part_of)
+            take(name, parameter, part_of)
             read.add(id(parameter))
     missing = sorted(name for name, parameter in wanted.items() if id(parameter) not in read)
     if missing:

@@ -26,11 +26,7 @@ def shard(model: Any, group: Group, *, offload: bool = False) -> Any:
     """Cut every decoder layer of a transformers model among the ranks; all call this with the same model.
     `offload`: the parts are kept in the hosts' memory, and copied to the GPUs when they are gathered.
     InvalidInput for a mixture of experts."""
-    if any(map(is_mixture, model.modules())):
-        raise InvalidInput(
-            f"{type(model).__name__} cannot be cut among ranks: it is a mixture of experts, whose stacked "
-            "weights are not gathered layer by layer; take parallel none"
-        )
+    refuse_mixture(model)
     policy = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(group.device.type, (group.ranks,))
     decoder = model.base_model
@@ -43,9 +39,17 @@ def shard(model: Any, group: Group, *, offload: bool = False) -> Any:
     return model
 
 
+def refuse_mixture(model: Any) -> None:
+    if any(map(is_mixture, model.modules())):
+        raise InvalidInput(
+            f"{type(model).__name__} cannot be cut among ranks: it is a mixture of experts, whose stacked "
+            "weights are not gathered layer by layer; take parallel none"
+        )
+
+
 class ShardedBase(Base):
-    """A Base whose model was given to `shard`. All ranks make it together. Training passes all ranks make at
-    once; when a sampler of the leader makes one, the others are told to accompany it."""
+    """A Base whose layers are gathered when they run. All ranks make it together. Training passes all ranks
+    make at once; when a sampler of the leader makes one, the others are told to accompany it."""
 
     def __init__(self, model: Any, group: Group, *, tokenizer: str = "") -> None:
         self._group = group

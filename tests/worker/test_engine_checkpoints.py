@@ -1,11 +1,15 @@
 """Adapters as files: the same bits back, the same training after, and PEFT reads them."""
 
 import json
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from peft import PeftModel
 
@@ -216,3 +220,33 @@ def test_seeds_of_any_sign_and_64_bits_are_taken() -> None:
     base = tiny.base()
     drawn = [base.new_adapter(LoraSpec(2, seed)).state().weights.tobytes() for seed in (0, -1, 2**63, 2**32)]
     assert len(set(drawn)) == 4
+
+
+def test_others_run_while_the_files_of_a_large_adapter_are_made() -> None:
+    """The thread that feeds the device is one of them."""
+    shape = (32, 1 << 20)
+    state = AdapterState(LoraSpec(32, 0), (("a.lora_A.weight", 0, shape),), np.ones(32 << 20, np.float32))
+
+    def waited(work: Callable[[], object]) -> float:
+        return min(_longest_wait(work) for _ in range(5))  # a busy machine makes anybody wait
+
+    assert waited(lambda: checkpoints.write(state, "tiny")) < waited(
+        lambda: safetensors.numpy.save({"a": state.weights})
+    )
+
+
+def _longest_wait(work: Callable[[], object]) -> float:
+    done, waits = threading.Event(), [0.0]
+
+    def beat() -> None:
+        while not done.is_set():
+            start = time.perf_counter()
+            time.sleep(0.001)
+            waits.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return max(waits)

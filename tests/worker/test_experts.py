@@ -134,8 +134,8 @@ def test_exported_every_expert_has_matrices_and_a_rank_of_its_own(base: Base) ->
     state = states(base)["a"]
     files = checkpoints.export(state, "base")
     weights, config = (
-        safetensors.numpy.load(files[checkpoints.WEIGHTS]),
-        json.loads(files[checkpoints.CONFIG]),
+        safetensors.numpy.load(bytes(files[checkpoints.WEIGHTS])),
+        json.loads(bytes(files[checkpoints.CONFIG])),
     )
     assert config["rank_pattern"][r"experts\.\d+\.gate_proj"] == 4
     held = tiny.tensors(state, state.weights)

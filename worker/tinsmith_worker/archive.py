@@ -17,7 +17,7 @@ from tinsmith_api.journal import age, metrics, snapshots, usage
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.checkpoints import forget_garbage
 from tinsmith_api.journal.leases import Lease
-from tinsmith_api.journal.objects import ObjectStore
+from tinsmith_api.journal.objects import Body, ObjectStore
 from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.snapshots import Unfinished
 from tinsmith_api.journal.store import Store
@@ -138,14 +138,14 @@ class Archive:
 
         self._submit(state, write)
 
-    def _files(self, given: Json, state: AdapterState) -> dict[str, bytes]:
+    def _files(self, given: Json, state: AdapterState) -> dict[str, Body]:
         if given["kind"] != "external_weights":
             return checkpoints.write(state, self._base_model)
         files = checkpoints.export(state, self._base_model)
         recipients = given.get("age_encryption_recipients")
         return age.encrypt(files, age.read_recipients(recipients)) if recipients else files
 
-    def _put(self, prefix: str, files: dict[str, bytes], until: float) -> int:
+    def _put(self, prefix: str, files: dict[str, Body], until: float) -> int:
         pause = 0.1
         while True:
             try:

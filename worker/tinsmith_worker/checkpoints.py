@@ -18,6 +18,7 @@ from safetensors import numpy as safetensors_numpy
 
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import Float32
+from tinsmith_api.journal.objects import Body
 from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
 
 CONFIG = "adapter_config.json"
@@ -29,6 +30,7 @@ OPTIMIZER = "optimizer.safetensors"
 SPEC = "tinsmith.json"
 
 _FORMAT = 1
+_FOR_TORCH = {"format": "pt"}  # transformers and PEFT want to be told
 # Of a whole model's weights, what goes into one file: some stores take no larger ones at once.
 FILE_BYTES = 4 << 30
 _SPOILED = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, safetensors.SafetensorError)
@@ -36,7 +38,7 @@ _MAX_GAP = 1024  # elements between two tensors, where an engine aligns them
 _Tensors = tuple[tuple[str, int, tuple[int, ...]], ...]
 
 
-def write(state: AdapterState, base_model: str, *, file_bytes: int = FILE_BYTES) -> dict[str, bytes]:
+def write(state: AdapterState, base_model: str, *, file_bytes: int = FILE_BYTES) -> dict[str, Body]:
     """The files of `state`, by name. `read` gives the same bits back."""
     weights = {name: _at(state.weights, offset, shape) for name, offset, shape in state.tensors}
     files = {
@@ -56,11 +58,11 @@ def write(state: AdapterState, base_model: str, *, file_bytes: int = FILE_BYTES)
         if (flat := getattr(state, name)) is not None
     }
     if optimizer or state.step:
-        files[OPTIMIZER] = safetensors_numpy.save(optimizer | {"step": np.array([state.step], np.int64)})
+        files[OPTIMIZER] = _safetensors({"step": np.array([state.step], np.int64)} | optimizer)
     return files
 
 
-def export(state: AdapterState, base_model: str) -> dict[str, bytes]:
+def export(state: AdapterState, base_model: str) -> dict[str, Body]:
     """As `write`, without what only this service has a use for. Of a mixture's experts, each has matrices
     under its own number, those that all share too, as others expect them."""
     weights: dict[str, Float32] = {}
@@ -77,17 +79,17 @@ def export(state: AdapterState, base_model: str) -> dict[str, bytes]:
 
 def _readable(
     state: AdapterState, weights: dict[str, Float32], base_model: str, file_bytes: int
-) -> dict[str, bytes]:
+) -> dict[str, Body]:
     """The files that others load."""
     if state.spec.method == "full":
         return {MODEL_CONFIG: state.config.encode(), **_in_files(weights, file_bytes)}
     config = _peft_config(state, base_model)
     if state.config:
         config = json.loads(state.config) | {"base_model_name_or_path": base_model}
-    return {CONFIG: _json(config), WEIGHTS: _safetensors(weights)}
+    return {CONFIG: _json(config), WEIGHTS: _safetensors(weights, _FOR_TORCH)}
 
 
-def _in_files(weights: dict[str, Float32], file_bytes: int) -> dict[str, bytes]:
+def _in_files(weights: dict[str, Float32], file_bytes: int) -> dict[str, Body]:
     """A whole model's weights as transformers looks for them: one file, or several and their index."""
     parts: list[dict[str, Float32]] = [{}]
     room = file_bytes
@@ -98,26 +100,48 @@ def _in_files(weights: dict[str, Float32], file_bytes: int) -> dict[str, bytes]:
         parts[-1][name] = values
         room -= values.nbytes
     if len(parts) == 1:
-        return {MODEL: _safetensors(weights)}
-    files: dict[str, bytes] = {}
+        return {MODEL: _safetensors(weights, _FOR_TORCH)}
+    files: dict[str, Body] = {}
     place: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        files[file] = _safetensors(part)
+        files[file] = _safetensors(part, _FOR_TORCH)
         place |= dict.fromkeys(part, file)
     total = sum(values.nbytes for values in weights.values())
     return {INDEX: _json({"metadata": {"total_size": total}, "weight_map": place}), **files}
 
 
-def _safetensors(weights: dict[str, Float32]) -> bytes:
-    return safetensors_numpy.save(weights, {"format": "pt"})
+def _safetensors(
+    tensors: Mapping[str, "np.ndarray[Any, Any]"], metadata: Mapping[str, str] | None = None
+) -> memoryview:
+    """A file as the library's `save` makes it, but without Python's lock: that one holds it while it copies
+    gigabytes, and nobody launches a kernel meanwhile. Wider types have to come first: all are aligned."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, values in tensors.items():
+        start, end = end, end + values.nbytes
+        dtype = {"float32": "F32", "int64": "I64"}[values.dtype.name]
+        header[name] = {"dtype": dtype, "shape": values.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    body = np.empty(8 + len(text) + end, np.uint8)
+    parts = [np.array([len(text)], "<u8"), np.frombuffer(text, np.uint8), *tensors.values()]
+    start = 0
+    for part in parts:
+        body[start : start + part.nbytes] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        start += part.nbytes
+    return body.data
+
+
+def _load(file: Body) -> dict[str, Any]:
+    return safetensors_numpy.load(bytes(file))
 
 
 def _experts(state: AdapterState) -> int:
     return max(shape[0] for _, _, shape in state.tensors if len(shape) == 3)
 
 
-def read(files: Mapping[str, bytes]) -> AdapterState:
+def read(files: Mapping[str, Body]) -> AdapterState:
     """The adapter in `files`; InvalidInput if one is missing or is not what `write` makes."""
     try:
         return _read(files)
@@ -129,8 +153,8 @@ def read(files: Mapping[str, bytes]) -> AdapterState:
         raise InvalidInput(f"this is no adapter checkpoint: {error}") from None
 
 
-def _read(files: Mapping[str, bytes]) -> AdapterState:
-    about = json.loads(files[SPEC])
+def _read(files: Mapping[str, Body]) -> AdapterState:
+    about = json.loads(bytes(files[SPEC]))
     _expect(about["format"] == _FORMAT, f"{SPEC} is of format {about['format']}, not {_FORMAT}")
     spec = LoraSpec(**about["spec"])
     _check_spec(spec)
@@ -149,7 +173,7 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
     weights = np.zeros(size, np.float32)
     for name, offset, shape in tensors:
         _at(weights, offset, shape)[...] = given[name]
-    optimizer = safetensors_numpy.load(files[OPTIMIZER]) if OPTIMIZER in files else {}
+    optimizer = _load(files[OPTIMIZER]) if OPTIMIZER in files else {}
     for name, values in optimizer.items():
         expected = ((1,), "int64") if name == "step" else ((size,), "float32")
         _expect(
@@ -169,13 +193,13 @@ def _read(files: Mapping[str, bytes]) -> AdapterState:
     )
 
 
-def _weights_in(files: Mapping[str, bytes], spec: LoraSpec) -> dict[str, Float32]:
+def _weights_in(files: Mapping[str, Body], spec: LoraSpec) -> dict[str, Float32]:
     if spec.method != "full":
-        return safetensors_numpy.load(files[WEIGHTS])
+        return _load(files[WEIGHTS])
     names = {MODEL}
     if INDEX in files:
-        names = set(json.loads(files[INDEX])["weight_map"].values())
-    return {name: values for file in names for name, values in safetensors_numpy.load(files[file]).items()}
+        names = set(json.loads(bytes(files[INDEX]))["weight_map"].values())
+    return {name: values for file in names for name, values in _load(files[file]).items()}
 
 
 def _check_spec(spec: LoraSpec) -> None:

@@ -1,11 +1,12 @@
 """Files encrypted to age recipients (https://age-encryption.org), so that nobody here can read them back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyrage
 
 from tinsmith.errors import InvalidInput
+from tinsmith_api.journal.objects import Body
 
 SUFFIX = ".age"
 
@@ -15,8 +16,8 @@ def read_recipients(texts: Sequence[str]) -> list[Any]:
     return [_read(text) for text in texts]
 
 
-def encrypt(files: dict[str, bytes], recipients: Sequence[Any]) -> dict[str, bytes]:
-    return {name + SUFFIX: pyrage.encrypt(body, list(recipients)) for name, body in files.items()}
+def encrypt(files: Mapping[str, Body], recipients: Sequence[Any]) -> dict[str, Body]:
+    return {name + SUFFIX: pyrage.encrypt(bytes(body), list(recipients)) for name, body in files.items()}
 
 
 def _read(text: str) -> Any:

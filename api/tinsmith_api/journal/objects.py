@@ -29,8 +29,12 @@ class Unavailable(OSError):  # noqa: N818 - the name says what is wrong
     """The store cannot be reached or refuses its work; it may be otherwise later."""
 
 
+Body = bytes | memoryview
+"""A file's bytes."""
+
+
 class ObjectStore(Protocol):
-    def put(self, prefix: str, files: dict[str, bytes]) -> int:
+    def put(self, prefix: str, files: Mapping[str, Body]) -> int:
         """Write `files` and then their manifest under `prefix`; durable on return. Their size in bytes.
 
         A prefix stands for one save. Files that are there already and whole are that save's, executed before:
@@ -76,7 +80,7 @@ class Entry(NamedTuple):
     sha256: str
 
 
-def entry_of(pieces: Iterable[bytes]) -> Entry:
+def entry_of(pieces: Iterable[Body]) -> Entry:
     size_bytes, sha256 = 0, hashlib.sha256()
     for piece in pieces:
         size_bytes += len(piece)
@@ -84,8 +88,9 @@ def entry_of(pieces: Iterable[bytes]) -> Entry:
     return Entry(size_bytes, sha256.hexdigest())
 
 
-def in_one_piece(body: bytes) -> Callable[[], Iterator[bytes]]:
-    return lambda: iter((body,))
+def pieces_of(body: Body) -> Callable[[], Iterator[Body]]:
+    view = memoryview(body)
+    return lambda: (view[start : start + _PIECE_BYTES] for start in range(0, len(view), _PIECE_BYTES))
 
 
 def manifest_of(entries: Mapping[str, Entry]) -> bytes:
@@ -119,10 +124,10 @@ class DirectoryStore:
         root.mkdir(parents=True, exist_ok=True)
         self.tidy(older_than_seconds=_STALE_SECONDS)
 
-    def put(self, prefix: str, files: dict[str, bytes]) -> int:
+    def put(self, prefix: str, files: Mapping[str, Body]) -> int:
         whole = self._read_if_whole(prefix)
         if whole is None:
-            self._write(prefix, {name: in_one_piece(body) for name, body in files.items()})
+            self._write(prefix, {name: pieces_of(body) for name, body in files.items()})
         self._sync_parents(prefix)
         return sum(len(body) for body in (whole or files).values())
 
@@ -159,7 +164,7 @@ class DirectoryStore:
             file = open(folder / name, "rb")  # noqa: SIM115 - closed when it is read
         return size_bytes, _pieces(file)
 
-    def _write(self, prefix: str, files: Mapping[str, Callable[[], Iterator[bytes]]]) -> None:
+    def _write(self, prefix: str, files: Mapping[str, Callable[[], Iterator[Body]]]) -> None:
         target = self._folder(prefix)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
@@ -211,7 +216,7 @@ def size_of(prefix: str, name: str, entries: dict[str, Entry]) -> int:
     return entries[name].size_bytes
 
 
-def _written(path: Path, pieces: Iterator[bytes]) -> Iterator[bytes]:
+def _written(path: Path, pieces: Iterator[Body]) -> Iterator[Body]:
     """The same pieces, each once it was written; all are on disk at the end."""
     with open(path, "wb") as file:
         for piece in pieces:

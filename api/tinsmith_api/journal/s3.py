@@ -26,13 +26,14 @@ from s3transfer.exceptions import RetriesExceededError
 
 from tinsmith_api.journal.objects import (
     MANIFEST,
+    Body,
     Damaged,
     Entry,
     Unavailable,
     check,
     entry_of,
-    in_one_piece,
     manifest_of,
+    pieces_of,
     read_manifest,
     size_of,
 )
@@ -84,13 +85,13 @@ class S3Store:
         except (ClientError, BotoCoreError) as error:
             raise Unavailable(_advice(self._bucket, endpoint, error)) from error
 
-    def put(self, prefix: str, files: dict[str, bytes]) -> int:
-        return self._put(prefix, {name: in_one_piece(body) for name, body in files.items()})
+    def put(self, prefix: str, files: Mapping[str, Body]) -> int:
+        return self._put(prefix, {name: pieces_of(body) for name, body in files.items()})
 
     def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
         return self._put(prefix, {name: pieces})
 
-    def _put(self, prefix: str, files: Mapping[str, Callable[[], Iterator[bytes]]]) -> int:
+    def _put(self, prefix: str, files: Mapping[str, Callable[[], Iterator[Body]]]) -> int:
         with _translated(f"{prefix} cannot be written"):
             if (size_bytes := self._size_if_whole(prefix)) is not None:
                 return size_bytes  # this save was executed before, up to its end
@@ -198,7 +199,7 @@ class S3Store:
         manifest: bytes = answer["Body"].read()
         return manifest
 
-    def _upload(self, key: str, pieces: Iterator[bytes]) -> None:
+    def _upload(self, key: str, pieces: Iterator[Body]) -> None:
         body = _Stream(pieces)
         self._client.upload_fileobj(body, self._bucket, key, ExtraArgs=self._encryption, Config=_TRANSFER)
 
@@ -240,12 +241,13 @@ def make_bucket(url: str, *, endpoint: str = "", region: str = "") -> None:
 class _Stream:
     """Pieces of bytes, read like a file."""
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
+    def __init__(self, pieces: Iterator[Body]) -> None:
         self._pieces = pieces
         self._left = b""
 
     def read(self, size: int = -1) -> bytes:
-        parts, missing = [self._left], size - len(self._left)
+        parts: list[Body] = [self._left]
+        missing = size - len(self._left)
         while size < 0 or missing > 0:
             piece = next(self._pieces, None)
             if piece is None:

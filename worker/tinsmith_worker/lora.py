@@ -26,6 +26,7 @@ from torch import library, nn
 
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, targets
+from tinsmith_worker.contract import LoraSpec
 from tinsmith_worker.copies import to_device
 from tinsmith_worker.four_bit import whole_weight
 from tinsmith_worker.stream import Attention, Segment
@@ -45,28 +46,69 @@ class Deltas(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Band:
+    """Neighbouring segments of one rank: `lengths` of each, from `start` on."""
+
+    start: int
+    lengths: list[int]
+    adapters: list[Adapter]
+
+    @property
+    def spec(self) -> LoraSpec:
+        return self.adapters[0].spec
+
+    def of(self, x_TC: torch.Tensor) -> torch.Tensor:
+        return x_TC.narrow(0, self.start, sum(self.lengths))
+
+
+def bands(segments: Sequence[Segment], *, apart: bool) -> list[Band]:
+    """`apart`: every segment by itself."""
+    found: list[Band] = []
+    stop = -1
+    for s in segments:
+        if s.adapter is None:
+            continue
+        if apart or s.start != stop or s.adapter.spec.rank != found[-1].spec.rank:
+            found.append(Band(s.start, [], []))
+        found[-1].lengths.append(s.stop - s.start)
+        found[-1].adapters.append(s.adapter)
+        stop = s.stop
+    return found
+
+
 class Loop:
     """One segment after the other in plain torch; none at all is the base alone.
 
+    What can be done once for all segments of a rank is: with many small ones, a step is the number of calls.
+
     `block`: rows of one product with the base, all of them unless given. A CPU's library chooses its kernel,
     and with it the bits, by the number of rows: 64 rows of 896 were added up otherwise than 128 (oneMKL on a
-    Xeon of the fourth generation). Blocks of one size do not know how many there are.
+    Xeon of the fourth generation). Blocks of one size do not know how many there are. Nor does a segment know
+    of others then: its rows lie where they would lie without them.
     """
 
     def __init__(self, segments: Sequence[Segment], *, train: bool, block: int | None = None) -> None:
-        self._parts = [(slice(s.start, s.stop), s.adapter) for s in segments if s.adapter is not None]
+        self._bands = bands(segments, apart=block is not None)
         self._train = train
         self._block = block
         self._shrunk: dict[int, list[torch.Tensor]] = {}  # by group, from forward to backward
 
     def forward(self, group: "Group", x_TI: torch.Tensor) -> list[torch.Tensor]:
-        ys = self._base_forward(group, x_TI)
-        shrunk = []
-        for rows, adapter in self._parts:
-            A_XI, Bs = adapter.views[group.number]
-            u_NX = torch.mm(x_TI[rows], A_XI.T).mul_(adapter.scale)
-            for y_TO, B_OR, u_NR in zip(ys, Bs, u_NX.split(adapter.spec.rank, 1), strict=True):
-                y_TO[rows].addmm_(u_NR, B_OR.T)
+        ys, shrunk = self._base_forward(group, x_TI), []
+        for band in self._bands:
+            views = [adapter.views[group.number] for adapter in band.adapters]
+            x_NI, rank = band.of(x_TI), band.spec.rank
+            u_NX = x_NI.new_empty(len(x_NI), rank * len(group.members))
+            for x, u, (A, _) in zip(x_NI.split(band.lengths), u_NX.split(band.lengths), views, strict=True):
+                torch.mm(x, A.T, out=u)
+            u_NX.mul_(band.adapters[0].scale)
+            for member, (y_TO, u_NR) in enumerate(zip(ys, u_NX.split(rank, 1), strict=True)):
+                of_segments = zip(
+                    band.of(y_TO).split(band.lengths), u_NR.split(band.lengths), views, strict=True
+                )
+                for y, u, (_, Bs) in of_segments:
+                    y.addmm_(u, Bs[member].T)
             shrunk.append(u_NX)
         if self._train:
             self._shrunk[group.number] = shrunk
@@ -77,16 +119,26 @@ class Loop:
         dx_TI = join(
             [self._base_backward(weights, dys) for dys in zip(*map(self._blocks, dys_TO), strict=True)]
         )
-        for (rows, adapter), u_NX in zip(self._parts, self._shrunk.pop(group.number, ()), strict=True):
-            A_XI, Bs = adapter.views[group.number]
-            gradient_A, gradient_Bs = adapter.gradient_views[group.number]
-            rank = adapter.spec.rank
-            du_NX = torch.cat([dy_TO[rows] @ B_OR for dy_TO, B_OR in zip(dys_TO, Bs, strict=True)], 1)
-            du_NX.mul_(adapter.scale)
-            for gradient_B, dy_TO, u_NR in zip(gradient_Bs, dys_TO, u_NX.split(rank, 1), strict=True):
-                accumulate(gradient_B, dy_TO[rows].T, u_NR)
-            accumulate(gradient_A, du_NX.T, x_TI[rows])
-            dx_TI[rows].addmm_(du_NX, A_XI)
+        for band, u_NX in zip(self._bands, self._shrunk.pop(group.number, ()), strict=True):
+            views = [adapter.views[group.number] for adapter in band.adapters]
+            gradients = [adapter.gradient_views[group.number] for adapter in band.adapters]
+            du_NX, lengths, rank = torch.empty_like(u_NX), band.lengths, band.spec.rank
+            for member, (dy_TO, du_NR, u_NR) in enumerate(
+                zip(dys_TO, du_NX.split(rank, 1), u_NX.split(rank, 1), strict=True)
+            ):
+                dys = band.of(dy_TO).split(lengths)
+                for dy, du, (_, Bs) in zip(dys, du_NR.split(lengths), views, strict=True):
+                    torch.mm(dy, Bs[member], out=du)
+                for dy, u, (_, gradient_Bs) in zip(dys, u_NR.split(lengths), gradients, strict=True):
+                    accumulate(gradient_Bs[member], dy.T, u)
+            du_NX.mul_(band.adapters[0].scale)
+            of_segments = zip(
+                du_NX.split(lengths), band.of(x_TI).split(lengths), band.of(dx_TI).split(lengths),
+                views, gradients, strict=True,
+            )  # fmt: skip
+            for du, x, dx, (A, _), (gradient_A, _) in of_segments:
+                accumulate(gradient_A, du.T, x)
+                dx.addmm_(du, A)
         return dx_TI
 
     def _blocks(self, of_TX: torch.Tensor) -> Sequence[torch.Tensor]:

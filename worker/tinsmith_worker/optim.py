@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.optim.adamw import adamw
 
 from tinsmith_worker import muon
 from tinsmith_worker.adapters import Adapter
@@ -56,7 +57,8 @@ def _begin(adapter: Adapter, params: OptimizerParams) -> torch.Tensor | Failure:
         norm = torch.linalg.vector_norm(gradient)
         _adamw_in_one_kernel(adapter, gradient, norm, params)
         return norm
-    norm = torch.nn.utils.get_total_norm(adapter.tensors_of(gradient))
+    # In parts, as float32 sums of millions would be rounded off.
+    norm = torch.nn.utils.get_total_norm(gradient.split(1 << 16))
     if torch.isfinite(norm):
         if params.grad_clip_norm > 0:
             gradient.mul_((params.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -111,14 +113,14 @@ def _float32(value: float) -> float:
 
 
 def _adamw(adapter: Adapter, gradient: torch.Tensor, params: AdamParams) -> None:
-    """Loshchilov and Hutter 2019, algorithm 2, in torch's operations and order: the same bits."""
+    """Loshchilov and Hutter 2019, algorithm 2, by torch's own fused kernel: one reading of every buffer."""
     moment1, moment2 = adapter.open_moments()
-    step_size, root_of_correction2 = _corrections(adapter, params)
-    adapter.weights.mul_(1 - params.learning_rate * params.weight_decay)
-    moment1.lerp_(gradient, 1 - params.beta1)
-    moment2.mul_(params.beta2).addcmul_(gradient, gradient, value=1 - params.beta2)
-    denominator = (moment2.sqrt() / root_of_correction2).add_(params.eps)
-    adapter.weights.addcdiv_(moment1, denominator, value=-step_size)
+    steps = torch.tensor(float(adapter.step), device=gradient.device)
+    adamw(
+        [adapter.weights], [gradient], [moment1], [moment2], [], [steps], fused=True, amsgrad=False,
+        maximize=False, lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, eps=params.eps,
+        weight_decay=params.weight_decay,
+    )  # fmt: skip
 
 
 def _adamw_in_one_kernel(
@@ -126,19 +128,14 @@ def _adamw_in_one_kernel(
 ) -> None:
     """`_adamw`, clipping, `refresh` and the cleared gradient: every buffer is read and written once."""
     moment1, moment2 = adapter.open_moments()
-    step_size, root_of_correction2 = _corrections(adapter, params)
+    step = adapter.step + 1
     triton_kernels().adamw[(-(-gradient.numel() // _BLOCK),)](
         adapter.weights, adapter.compute, gradient, moment1, moment2, norm, gradient.numel(),
-        1 - params.learning_rate * params.weight_decay, params.beta1, params.beta2, step_size,
-        root_of_correction2, params.eps, params.grad_clip_norm,
+        1 - params.learning_rate * params.weight_decay, params.beta1, params.beta2,
+        params.learning_rate / (1 - params.beta1**step), math.sqrt(1 - params.beta2**step), params.eps,
+        params.grad_clip_norm,
         HAS_COPY=adapter.compute is not adapter.weights, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
 _BLOCK = 1024
-
-
-def _corrections(adapter: Adapter, params: AdamParams) -> tuple[float, float]:
-    """(learning rate over 1 - beta1^t, square root of 1 - beta2^t), for the step that is under way."""
-    step = adapter.step + 1
-    return params.learning_rate / (1 - params.beta1**step), math.sqrt(1 - params.beta2**step)

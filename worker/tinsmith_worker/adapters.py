@@ -266,4 +266,7 @@ def _fill(target: torch.Tensor, source: npt.NDArray[np.float32], moves: list[_Mo
 
 
 def _host(flat: torch.Tensor) -> npt.NDArray[np.float32]:
-    return flat.detach().to("cpu", copy=True).numpy()
+    # numpy asks for memory in large pages: half the time of such a copy is the system finding small ones.
+    found = np.empty(flat.shape, np.float32)
+    torch.from_numpy(found).copy_(flat.detach())
+    return found

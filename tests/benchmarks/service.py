@@ -15,7 +15,7 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,12 @@ def main() -> None:
         "machine": train.machine(),
         "cases": {name: {"tenants, sequences, tokens, rank": cases[name]} for name in given.cases.split(",")},
     }
-    measure_service(report, given.shape, given.steps)
-    given.to.write_text(json.dumps(report, indent=1))
-    measure_engine(report, train.engine_on(train.model_of(given.shape))[0], given.steps)
-    given.to.write_text(json.dumps(report, indent=1))
+    for _ in measure(report, given.shape, given.steps):
+        given.to.write_text(json.dumps(report, indent=1))
 
 
-def measure_service(report: dict[str, Any], shape: str, steps: int) -> None:
+def measure(report: dict[str, Any], shape: str, steps: int) -> Iterator[None]:
+    """Both sides of every case; after each, what there is may be saved."""
     os.environ["TINSMITH_API_KEY"] = f"tml-{secrets.token_hex(8)}"
     os.environ["TINKER_TELEMETRY"] = "0"
     cases = {name: row["tenants, sequences, tokens, rank"] for name, row in report["cases"].items()}
@@ -71,13 +70,13 @@ def measure_service(report: dict[str, Any], shape: str, steps: int) -> None:
             for name, case in cases.items():
                 report["cases"][name]["service"] = through_the_service(place.port, place.keys, case, steps)
                 train.say(name, report["cases"][name]["service"])
-
-
-def measure_engine(report: dict[str, Any], engine: TorchEngine, steps: int) -> None:
+                yield
+    engine, _ = train.engine_on(train.model_of(shape))
     for name, row in report["cases"].items():
-        row["engine"] = alone(engine, row["tenants, sequences, tokens, rank"], steps)
+        row["engine"] = alone(engine, cases[name], steps)
         row["share"] = row["service"]["tokens/s"] / row["engine"]["tokens/s"]
         train.say(name, row["engine"], f"share {row['share']:.3f}")
+        yield
 
 
 def write_model(shape: str, folder: str) -> None:

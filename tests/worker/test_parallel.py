@@ -19,7 +19,7 @@ from tinsmith_worker.contract import Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.parallel.engine import deal
-from tinsmith_worker.parallel.load import read_sharded, read_zero
+from tinsmith_worker.parallel.load import read_zero
 from tinsmith_worker.parallel.zero import own_place
 
 PARALLEL = ("none", "fsdp2", "deepspeed")
@@ -163,21 +163,22 @@ def test_the_leader_scores_by_itself_what_a_group_would_say(ranks: int, group: R
             assert tiny.worst(scored, trained) <= 1e-6
 
 
-def test_a_mixture_is_trained_by_a_group(mixture: Path, group: RunGroup) -> None:
+@pytest.mark.parametrize("parallel, ranks", [("none", 2), ("fsdp2", 2), ("fsdp2", 4), ("fsdp2 host", 1)])
+def test_a_mixture_is_trained_by_a_group(parallel: str, ranks: int, mixture: Path, group: RunGroup) -> None:
+    """Of four ranks, two have two experts each of every layer, one has the last two, and one has none."""
     engine = TorchEngine(Base.load(mixture, device="cpu", dtype=torch.float32), EngineSettings(256))
-    for scenario in (script.tenants_together, script.muon, script.sampling):
+    for scenario in (script.tenants_together, script.computed_anew, script.muon, script.sampling):
         expected = scenario(engine)
-        with np.load(group("none", 2, of=mixture) / f"{scenario.__name__}.npz") as found:
+        with np.load(group(parallel, ranks, of=mixture) / f"{scenario.__name__}.npz") as found:
             assert set(found) == set(expected)
             for name, theirs in expected.items():
                 assert tiny.worst(found[name], theirs) <= allowed(scenario.__name__, name), name
 
 
-@pytest.mark.parametrize("read", [read_sharded, read_zero])
-def test_a_mixture_is_not_cut_and_says_so(read: Callable[..., Any], mixture: Path) -> None:
+def test_deepspeed_does_not_cut_a_mixture_and_says_so(mixture: Path) -> None:
     nobody: Any = None  # no other rank is asked
-    with pytest.raises(InvalidInput, match=r"Qwen3MoeForCausalLM cannot be cut .* parallel none"):
-        read(mixture, nobody, dtype=torch.float32)
+    with pytest.raises(InvalidInput, match=r"Qwen3MoeForCausalLM cannot be cut .* parallel fsdp2"):
+        read_zero(mixture, nobody, dtype=torch.float32)
 
 
 @pytest.mark.slow

@@ -89,9 +89,19 @@ class Experts(nn.Module):
 
     def __init__(self, given: Any, group: int) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj, self.act_fn = given.gate_up_proj, given.down_proj, given.act_fn
+        # No child of this module: who cuts the base exchanges the weights of the module that it found.
+        self._given = (given,)
+        self.act_fn = given.act_fn
         self._group = group
         self.parts: list[Segment] = []
+
+    @property
+    def gate_up_proj(self) -> torch.Tensor:
+        return self._given[0].gate_up_proj
+
+    @property
+    def down_proj(self) -> torch.Tensor:
+        return self._given[0].down_proj
 
     def forward(self, x_ND: torch.Tensor, chosen_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         rows = _Rows(chosen_NK, len(self.down_proj))

@@ -1,6 +1,7 @@
 """Reading a base from its safetensors files, each rank its own rows and nothing else."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.shard import shard
 from tinsmith_worker.parallel.zero import Parts
 
+_GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
+_EXPERT = re.compile(r"(?P<path>.*\.)experts\.(?P<expert>\d+)\.(?P<map>gate|up|down)_proj\.weight")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -100,14 +103,22 @@ def give_memory_beside(model: Any, parts: Parts, device: torch.device) -> None:
 
 
 def _fill(model: Any, folder: Path, take: Callable[[str, Any, Any], None]) -> None:
-    """`take` is given every parameter with its name and what reads the rows that are asked for."""
+    """`take` is given every parameter with its name and what reads the rows that are asked for, but for
+    experts, of whom each has tensors of its own in the files and a place in a stack in the model."""
     wanted: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    read: set[int] = set()
+    # How many tensors of the files are still to come for each.
+    left = {
+        id(p): len(p) * (1 + name.endswith(_GATE_UP)) if p.dim() == 3 else 1 for name, p in wanted.items()
+    }
     for name, part_of in _tensors(folder):
         if (parameter := wanted.get(name)) is not None:
             take(name, parameter, part_of)
-            read.add(id(parameter))
-    missing = sorted(name for name, parameter in wanted.items() if id(parameter) not in read)
+            left[id(parameter)] = 0
+        elif found := _EXPERT.fullmatch(name):
+            stack = wanted[found["path"] + (_DOWN if found["map"] == "down" else _GATE_UP)]
+            _copy_expert(stack, int(found["expert"]), found["map"], part_of)
+            left[id(stack)] -= 1
+    missing = sorted(name for name, parameter in wanted.items() if left[id(parameter)] > 0)
     if missing:
         raise ValueError(
             f"its safetensors files hold no {missing[0]} ({len(missing)} of {len(wanted)} parameters are "
@@ -128,14 +139,35 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def _copy(parameter: Any, part_of: Any) -> None:
-    shape = tuple(part_of.get_shape())
-    if shape != tuple(parameter.shape):
-        raise ValueError(f"its files hold a tensor of shape {shape} where the model has {parameter.shape}")
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(part_of[:])
-        return
-    ours = parameter.to_local()
-    # As torch.chunk cuts: equal parts but for the last ones, which may be shorter or empty.
-    start = -(-shape[0] // parameter.device_mesh.size()) * parameter.device_mesh.get_local_rank()
+    _check_shape(part_of, parameter)
+    ours, start = _own_rows(parameter)
     if len(ours):
         ours.copy_(part_of[start : start + len(ours)])
+
+
+@torch.no_grad()
+def _copy_expert(stack: Any, expert: int, which: str, part_of: Any) -> None:
+    """`stack` [E, O, I]; of gate and up, each half of O is one."""
+    ours, start = _own_rows(stack)
+    if not start <= expert < start + len(ours):
+        return
+    weight_OI = ours[expert - start]
+    if which != "down":
+        weight_OI = weight_OI.chunk(2)[which == "up"]
+    _check_shape(part_of, weight_OI)
+    weight_OI.copy_(part_of[:])
+
+
+def _own_rows(parameter: Any) -> tuple[torch.Tensor, int]:
+    """What this rank has of it, and with which row that begins."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    # As torch.chunk cuts: equal parts but for the last ones, which may be shorter or empty.
+    each = -(-parameter.shape[0] // parameter.device_mesh.size())
+    return parameter.to_local(), each * parameter.device_mesh.get_local_rank()
+
+
+def _check_shape(part_of: Any, wanted: Any) -> None:
+    shape = tuple(part_of.get_shape())
+    if shape != tuple(wanted.shape):
+        raise ValueError(f"its files hold a tensor of shape {shape} where the model has {wanted.shape}")

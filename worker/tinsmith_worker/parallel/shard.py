@@ -10,10 +10,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-from tinsmith.errors import InvalidInput
 from tinsmith_worker.adapters import Kind
 from tinsmith_worker.attention import CausalSequences
-from tinsmith_worker.experts import is_mixture
 from tinsmith_worker.lora import Deltas
 from tinsmith_worker.model import Base, decoder_layers
 from tinsmith_worker.parallel.group import Group, all_or_none
@@ -24,9 +22,7 @@ _IDLE_ROWS = 64
 
 def shard(model: Any, group: Group, *, offload: bool = False) -> Any:
     """Cut every decoder layer of a transformers model among the ranks; all call this with the same model.
-    `offload`: the parts are kept in the hosts' memory, and copied to the GPUs when they are gathered.
-    InvalidInput for a mixture of experts."""
-    refuse_mixture(model)
+    `offload`: the parts are kept in the hosts' memory, and copied to the GPUs when they are gathered."""
     policy = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(group.device.type, (group.ranks,))
     decoder = model.base_model
@@ -37,14 +33,6 @@ def shard(model: Any, group: Group, *, offload: bool = False) -> Any:
     # With nothing of its own: it lets the layers know of each other, and be gathered ahead.
     fully_shard(decoder, mesh=mesh, ignored_params=whole, offload_policy=policy)
     return model
-
-
-def refuse_mixture(model: Any) -> None:
-    if any(map(is_mixture, model.modules())):
-        raise InvalidInput(
-            f"{type(model).__name__} cannot be cut among ranks: it is a mixture of experts, whose stacked "
-            "weights are not gathered layer by layer; take parallel none"
-        )
 
 
 class ShardedBase(Base):

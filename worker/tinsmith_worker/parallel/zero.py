@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinsmith.errors import InvalidInput
+from tinsmith_worker.experts import is_mixture
 from tinsmith_worker.model import decoder_layers
 from tinsmith_worker.parallel.group import Group
-from tinsmith_worker.parallel.shard import refuse_mixture
 
 # How many layers' weights may be there in full: of the one that runs, and of the one that comes next.
 _LAYERS_AT_ONCE = 2
@@ -34,7 +35,11 @@ class Parts:
         """`model` has no memory for these weights yet: `take` brings them. `offload`: their parts are kept in
         the hosts' memory; with `folder` in files there, on a disk of every machine. ValueError without
         DeepSpeed, or without what it reads disks with; InvalidInput for a mixture of experts."""
-        refuse_mixture(model)
+        if any(map(is_mixture, model.modules())):
+            raise InvalidInput(
+                f"{type(model).__name__} cannot be cut by deepspeed: it is a mixture of experts, which are "
+                "no linear maps; take parallel fsdp2"
+            )
         names = {module: name for name, module in model.named_modules()}
         layers = decoder_layers(model.base_model, model.config.get_text_config())
         linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for _, layer in layers]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 # Of one reader. Whoever reads slower than is sampled gets the rest from the journal, when it is there.
 _WAITING_BYTES = 256 << 10
+_MESSAGE_BYTES = 160  # what a message takes beside its characters
 
 
 class Pieces:
@@ -19,9 +20,10 @@ class Pieces:
 
     def put(self, request_id: str, pieces: str) -> None:
         """Kept if there is room."""
-        if self._bytes + len(pieces) <= _WAITING_BYTES:
+        size = len(pieces) + _MESSAGE_BYTES
+        if self._bytes + size <= _WAITING_BYTES:
             self._waiting.append((request_id, pieces))
-            self._bytes += len(pieces)
+            self._bytes += size
             self._came.set()
 
     async def next(self) -> tuple[str, str]:
@@ -29,7 +31,7 @@ class Pieces:
             self._came.clear()
             await self._came.wait()
         request_id, pieces = self._waiting.popleft()
-        self._bytes -= len(pieces)
+        self._bytes -= len(pieces) + _MESSAGE_BYTES
         return request_id, pieces
 
 

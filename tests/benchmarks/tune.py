@@ -3,7 +3,7 @@ loops, what a snapshot costs, how fast such weights are sampled, and how near th
 
     PYTHONPATH=client:api:worker:. python3 tests/benchmarks/tune.py --to run.json
 
-On a CUDA machine bases of the Qwen3-0.6B, 1.7B and 8B shapes in bfloat16; without a GPU the tiny one's, in float32.
+On a CUDA machine bases of the Qwen3-0.6B, 1.7B, 4B and 8B shapes in bfloat16; without a GPU the tiny one's, in float32.
 Random weights, 32 sequences of 512 tokens a step (4 of 128 without a GPU), AdamW. The loops beside it keep all
 weights, gradients and moments of full fine-tuning in the base's dtype; ours keeps float32 beside it.
 """
@@ -24,10 +24,16 @@ from tests.benchmarks import train
 from tests.benchmarks.train import ON_GPU, Row, say
 from tinsmith_worker import checkpoints
 from tinsmith_worker.contract import AdamParams, LoraSpec, SampleInput, Work
+from tinsmith_worker.engine import EngineSettings
 from tinsmith_worker.tuning.base import TunedBase
 from tinsmith_worker.tuning.engine import FULL, TunedEngine, TunedSampler
 
 train.SHAPES["1.7B"] = train.SHAPES["0.6B"] | {"hidden_size": 2048, "intermediate_size": 6144}
+train.SHAPES["4B"] = train.SHAPES["8B"] | {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "tie_word_embeddings": True,
+}
 LENGTHS = [512] * 32 if ON_GPU else [128] * 4
 METHODS: dict[str, tuple[LoraSpec, Callable[[], peft.PeftConfig]]] = {
     "dora": (
@@ -41,16 +47,20 @@ METHODS: dict[str, tuple[LoraSpec, Callable[[], peft.PeftConfig]]] = {
 }
 
 
-def full(shape: str, seconds: float) -> Iterator[Row]:
+def full(shape: str, seconds: float, *, saves: bool = True) -> Iterator[Row]:
     row: Row = {"shape": shape, "method": "full"}
     engine = TunedEngine(TunedBase(train.model_of(shape)))
     engine.create("run", FULL)
     row["parameters"] = engine.base.blank_adapter(FULL, device=torch.device("meta")).weights.numel()
     row["ours"] = train.timed(step_of(engine), sum(LENGTHS), seconds=seconds)
+    moment = engine._adapters["run"].moment1
+    assert moment is not None
+    row["moments on"] = moment.device.type
     yield row
-    row |= snapshot(engine)
-    yield row
-    row["sampled tokens/s"] = sampled(engine)
+    if saves:
+        row |= snapshot(engine)
+        yield row
+        row["sampled tokens/s"] = sampled(engine)
     engine.drop("run")
     del engine
     train.free()
@@ -153,6 +163,28 @@ def gradients(seconds: float) -> Iterator[Row]:
     yield {"shape": shape, "gradient": float((found - expected).norm() / expected.norm())}
 
 
+def moments(seconds: float) -> Iterator[Row]:
+    """Whether steps with moments in host memory have the bits of those with moments on the device."""
+    states = []
+    for reserve_bytes in (0, 1 << 50):
+        base = TunedBase(train.model_of("0.6B, 4 of 28 layers, 8k of 152k words"))
+        base.reserve_bytes = reserve_bytes
+        engine = TunedEngine(base, EngineSettings(deterministic=True))
+        engine.create("run", FULL)
+        step = step_of(engine)
+        for _ in range(3):
+            step()
+        moment = engine._adapters["run"].moment1
+        assert moment is not None
+        states.append((moment.device.type, engine.state("run")))
+        del engine, step
+        train.free()
+    (one, on_device), (other, in_host) = states
+    names = ("weights", "moment1", "moment2")
+    equal = all(np.array_equal(getattr(on_device, n), getattr(in_host, n)) for n in names)
+    yield {"moments on": f"{one} and {other}", "equal bits": equal}
+
+
 def parts() -> dict[str, Callable[[float], Iterator[Row]]]:
     if not ON_GPU:
         return {
@@ -164,7 +196,9 @@ def parts() -> dict[str, Callable[[float], Iterator[Row]]]:
         "gradients": gradients,
         "full 0.6B": lambda s: full("0.6B", s),
         "full 1.7B": lambda s: full("1.7B", s),
+        "full 4B": lambda s: full("4B", s, saves=False),
         "8B": lambda s: by_method("8B", s),
+        "moments": moments,  # the last: it makes all of torch deterministic
     }
 
 

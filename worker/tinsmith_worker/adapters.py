@@ -161,14 +161,18 @@ class Adapter:
 
     def open_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.moment1 is None or self.moment2 is None:
-            self.moment1, self.moment2 = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+            self.moment1 = self._new_moment()
+            self.moment2 = self._new_moment()
         return self.moment1, self.moment2
 
     def open_momentum(self) -> torch.Tensor:
         """As the first moment, for an optimizer that has no second."""
         if self.moment1 is None:
-            self.moment1 = torch.zeros_like(self.weights)
+            self.moment1 = self._new_moment()
         return self.moment1
+
+    def _new_moment(self) -> torch.Tensor:
+        return torch.zeros_like(self.weights)
 
     def clear_gradient(self) -> None:
         if self.gradient is not None:
@@ -196,7 +200,7 @@ class Adapter:
         if state.moment1 is not None:
             _fill(self.open_momentum(), state.moment1, moves)
         if state.moment2 is not None:
-            self.moment2 = torch.zeros_like(self.weights)
+            self.moment2 = self._new_moment()
             _fill(self.moment2, state.moment2, moves)
         if state.gradient is not None:
             self.open_gradient()

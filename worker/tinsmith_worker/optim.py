@@ -3,7 +3,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -114,28 +114,45 @@ def _float32(value: float) -> float:
 
 def _adamw(adapter: Adapter, gradient: torch.Tensor, params: AdamParams) -> None:
     """Loshchilov and Hutter 2019, algorithm 2, by torch's own fused kernel: one reading of every buffer."""
-    moment1, moment2 = adapter.open_moments()
-    steps = torch.tensor(float(adapter.step), device=gradient.device)
-    adamw(
-        [adapter.weights], [gradient], [moment1], [moment2], [], [steps], fused=True, amsgrad=False,
-        maximize=False, lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, eps=params.eps,
-        weight_decay=params.weight_decay,
-    )  # fmt: skip
+    for part, moment1, moment2 in _moments(adapter, gradient.device):
+        steps = torch.tensor(float(adapter.step), device=gradient.device)
+        adamw(
+            [adapter.weights[part]], [gradient[part]], [moment1], [moment2], [], [steps], fused=True,
+            amsgrad=False, maximize=False, lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2,
+            eps=params.eps, weight_decay=params.weight_decay,
+        )  # fmt: skip
 
 
 def _adamw_in_one_kernel(
     adapter: Adapter, gradient: torch.Tensor, norm: torch.Tensor, params: AdamParams
 ) -> None:
     """`_adamw`, clipping, `refresh` and the cleared gradient: every buffer is read and written once."""
-    moment1, moment2 = adapter.open_moments()
     step = adapter.step + 1
-    triton_kernels().adamw[(-(-gradient.numel() // _BLOCK),)](
-        adapter.weights, adapter.compute, gradient, moment1, moment2, norm, gradient.numel(),
-        1 - params.learning_rate * params.weight_decay, params.beta1, params.beta2,
-        params.learning_rate / (1 - params.beta1**step), math.sqrt(1 - params.beta2**step), params.eps,
-        params.grad_clip_norm,
-        HAS_COPY=adapter.compute is not adapter.weights, BLOCK=_BLOCK, num_warps=4,
-    )  # fmt: skip
+    for part, moment1, moment2 in _moments(adapter, gradient.device):
+        triton_kernels().adamw[(-(-moment1.numel() // _BLOCK),)](
+            adapter.weights[part], adapter.compute[part], gradient[part], moment1, moment2, norm,
+            moment1.numel(), 1 - params.learning_rate * params.weight_decay, params.beta1, params.beta2,
+            params.learning_rate / (1 - params.beta1**step), math.sqrt(1 - params.beta2**step), params.eps,
+            params.grad_clip_norm,
+            HAS_COPY=adapter.compute is not adapter.weights, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+def _moments(adapter: Adapter, device: torch.device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Both moments on the device. Where they lie in host memory, part by part: each comes, is used and goes
+    back, all behind one another on the device, and nobody waits."""
+    moments = adapter.open_moments()
+    size = moments[0].numel()
+    step = size if moments[0].device == device else _PART
+    for start in range(0, size, step):
+        part = slice(start, min(start + step, size))
+        moment1, moment2 = (moment[part].to(device, non_blocking=True) for moment in moments)
+        yield part, moment1, moment2
+        for moment, used in zip(moments, (moment1, moment2), strict=True):
+            if moment.device != device:
+                moment[part].copy_(used, non_blocking=True)
 
 
 _BLOCK = 1024
+# Elements of a moment that are on the device at once, if not all are: 256 MB.
+_PART = 1 << 26

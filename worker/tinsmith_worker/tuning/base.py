@@ -28,7 +28,12 @@ _FORMS_KEPT = 16
 
 class TunedBase(Base):
     """A Base whose modules are transformers' own. Before a pass its parameters become those of the run, or
-    the sampler, that the pass is for: pointers are exchanged, nothing is copied. All rows are one's."""
+    the sampler, that the pass is for: pointers are exchanged, nothing is copied. All rows are one's.
+
+    `reserve_bytes` of a GPU are left for passes: a chunk of the head's logits with its gradients, and layers'
+    activations, which are computed anew where there is little room."""
+
+    reserve_bytes = 12 << 30
 
     def _take_over(self, model: Any, architecture: str, tokenizer: str) -> None:
         layers = self._look_at(model, architecture, tokenizer)
@@ -73,7 +78,8 @@ class TunedBase(Base):
     def blank_adapter(
         self, spec: LoraSpec, *, device: torch.device | None = None, frozen: torch.Tensor | None = None
     ) -> Tuned:
-        return Tuned(self.form_of(spec), device or self.device, frozen)
+        reserve = self.reserve_bytes
+        return Tuned(self.form_of(spec), device or self.device, frozen, reserve_bytes=reserve)
 
     def form_of(self, spec: LoraSpec) -> Form:
         """InvalidInput if there is no such method, or none with these settings on this model."""

@@ -45,9 +45,19 @@ def lay_out(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Layout:
 
 class Tuned(Adapter):
     """One run's weights, or a sampler's frozen ones. `weights`, `compute`, gradient and moments are as an
-    Adapter's, but it acts nowhere beside the base: the model's parameters become views of `compute`."""
+    Adapter's, but it acts nowhere beside the base: the model's parameters become views of `compute`.
 
-    def __init__(self, form: Form, device: torch.device, frozen: torch.Tensor | None = None) -> None:
+    Moments for which a GPU has no room, beside `reserve_bytes` for passes, lie in the host's memory."""
+
+    def __init__(
+        self,
+        form: Form,
+        device: torch.device,
+        frozen: torch.Tensor | None = None,
+        *,
+        reserve_bytes: int = 0,
+    ) -> None:
+        self._reserve_bytes = reserve_bytes
         self.spec, self.form = form.spec, form
         self.scale, self.sites = 1.0, ()
         self.layout = form.layout
@@ -64,6 +74,21 @@ class Tuned(Adapter):
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.weights)
             self.gradients = self.tensors_of(self.gradient)
+
+    def _new_moment(self) -> torch.Tensor:
+        if self.weights.is_cuda and not self._has_room():
+            return torch.zeros(self.weights.shape, dtype=torch.float32, pin_memory=True)
+        return super()._new_moment()
+
+    def _has_room(self) -> bool:
+        """For what is still to be made of gradient and moments. Both moments are made at once, or it was the
+        same when the first was."""
+        if self.moment1 is not None:
+            return self.moment1.is_cuda
+        device, size = self.weights.device, 4 * self.weights.numel()
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free >= size * (2 if self.gradient is not None else 3) + self._reserve_bytes
 
     def state(self) -> AdapterState:
         return replace(super().state(), config=self.form.config)

@@ -17,7 +17,7 @@ from tinker import types
 from transformers import AutoModelForCausalLM
 
 import tinsmith
-from tests.conftest import RunningService
+from tests.conftest import RunningFleet, RunningService
 from tests.e2e.wire import Wire, datum, logprobs
 from tinsmith_worker import tiny_base
 
@@ -40,7 +40,7 @@ def tokens(seed: int, length: int = 24) -> list[int]:
 class Session:
     """One that is finished in the end, so that the next may begin."""
 
-    def __init__(self, service: RunningService, key: str = "") -> None:
+    def __init__(self, service: RunningService | RunningFleet, key: str = "") -> None:
         self.wire = Wire(service.url, key or service.key)
         self.id = self.wire.session()
 
@@ -239,3 +239,30 @@ def test_a_shared_pool_refuses_full_fine_tuning_with_a_sentence(service: Running
         answer = session.create()
         assert session.wire.status == 400
         assert "single-tenant pool" in answer["detail"], answer
+
+
+@pytest.mark.slow
+def test_every_worker_of_a_fleet_takes_one_run_and_a_dead_ones_goes_on_elsewhere(tmp_path: Path) -> None:
+    fleet = RunningFleet(
+        tmp_path, workers=2, single_tenant="true", deterministic="true", snapshot_seconds=0.5
+    )
+    try:
+        sessions = [Session(fleet) for _ in range(3)]
+        runs = [session.run() for session in sessions[:2]]
+        assert "one run each" in sessions[2].create()["detail"]
+        holders = dict(fleet.sql("select id, worker_id from runs"))
+        assert len(set(holders.values())) == 2, holders
+        data = [datum(tokens(step)) for step in range(4)]
+        seen: dict[str, list[np.ndarray]] = {run: [] for run in runs}
+        for step, given in enumerate(data):
+            if step == 2:
+                fleet.kill_worker()
+            for session, run in zip(sessions, runs, strict=False):
+                passed = session.wire.submit(run, 2 * step + 1, given)
+                session.wire.optim(run, 2 * step + 2, learning_rate=1e-4)
+                seen[run].append(logprobs(session.wire.output(passed)))
+        for one, other in zip(*seen.values(), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert not np.array_equal(seen[runs[0]][0], seen[runs[0]][1])
+    finally:
+        fleet.stop()

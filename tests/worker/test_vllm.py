@@ -3,6 +3,7 @@ with what. vLLM itself is asked in tests/versions/vllm.py."""
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from fastapi.responses import StreamingResponse
 from tests.servers import wait_until
 from tinsmith.errors import InvalidInput
 from tinsmith_worker.contract import AdapterState, Failure, LoraSpec, SampleInput, SampleOutput
-from tinsmith_worker.vllm import VllmSampler, wire
+from tinsmith_worker.vllm import VllmSampler, VllmServer, wire
 
 TENSOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 ADAPTER = AdapterState(LoraSpec(2, 1), ((TENSOR, 0, (2, 3)),), np.ones(6, np.float32))
@@ -312,6 +313,78 @@ def marked(mark: str) -> list[int]:
             if mark.encode() in words and b"tinsmith_worker.vllm.guardian" not in words:
                 found.append(int(file.parent.name))
     return sorted(found)
+
+
+VLLM = f"""#!{sys.executable}
+import http.server, json, os, socketserver, subprocess, sys
+if "--fail" in sys.argv:
+    sys.exit(3)
+with open({{told!r}}, "w") as file:
+    json.dump([sys.argv[1:], sorted(os.environ)], file)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", {{mark!r}}])
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def address_string(self): return ""
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Healthy).serve_forever()
+"""
+
+
+class Watched(VllmServer):
+    """Of a worker that does not end."""
+
+    def lost(self, why: object) -> None:
+        self.reason = str(why)
+
+
+def program(folder: Path, mark: str) -> Path:
+    file = folder / "vllm"
+    file.write_text(VLLM.format(told=str(folder / "told"), mark=mark))
+    file.chmod(0o755)
+    return file
+
+
+def test_vllm_is_started_with_what_it_needs_and_none_of_our_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = f"mark-{os.getpid()}-started"
+    monkeypatch.setenv("TINSMITH_DATABASE", "secret")
+    vllm = program(tmp_path, mark)
+    server = Watched(f"{vllm} --max-loras=2 --dtype float32", "/models/x", max_context_length=77)
+    words, environment = json.loads((tmp_path / "told").read_text())
+    assert words[:5] == ["serve", "/models/x", "--max-loras=2", "--dtype", "float32"]
+    given = dict(itertools.pairwise(words[5:]))
+    assert given["--max-model-len"] == "77"
+    assert given["--logprobs-mode"] == "processed_logprobs"
+    assert "--max-lora-rank" in given
+    assert "--max-loras" not in given, "the operator said it"
+    assert "--enable-lora" in words
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in environment
+    assert not {"TINSMITH_DATABASE", "PYTHONPATH"} & set(environment)
+    server.close()
+    assert not hasattr(server, "reason")
+    wait_until(lambda: not marked(mark), 20)
+    assert not server.folder.exists()
+    with pytest.raises(ValueError, match="ended with status 3"):
+        Watched(f"{vllm} --fail", "/models/x", max_context_length=77)
+
+
+@pytest.mark.parametrize("killed", ["vLLM", "its guardian"])
+def test_a_worker_hears_of_vllm_s_end_and_nothing_of_it_is_left(tmp_path: Path, killed: str) -> None:
+    mark = f"mark-{os.getpid()}-{killed.replace(' ', '-')}"
+    server = Watched(str(program(tmp_path, mark)), "/models/x", max_context_length=77)
+    assert len(marked(mark)) == 1
+    process = int((server.folder / "process").read_text())
+    os.kill(process if killed == "vLLM" else server._process.pid, signal.SIGKILL)
+    wait_until(lambda: hasattr(server, "reason"), 20)
+    assert "ended with status" in server.reason
+    wait_until(lambda: not marked(mark) and not is_alive(process), 20)
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().split()[2] != "Z"
 
 
 @pytest.mark.parametrize("how", ["the pipe ends", "the command is killed"])

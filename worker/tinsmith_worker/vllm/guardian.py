@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 
 def main() -> None:
@@ -17,6 +18,9 @@ def main() -> None:
     # Ours is not where its packages are.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+    (Path(folder) / "process").write_text(
+        str(process.pid)
+    )  # of its group, too; should this process be killed
     threading.Thread(target=_end_with_the_pipe, args=(process,), daemon=True).start()
     status = process.wait()
     _end(process)

@@ -1,8 +1,10 @@
 """The process of vLLM that belongs to a worker."""
 
+import contextlib
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,8 +102,12 @@ class VllmServer:
 
     def _watch(self) -> None:
         status = self._process.wait()
-        if not self._is_closing:
-            self.lost(f"it ended with status {status}")
+        if self._is_closing:
+            return
+        # The guardian ended them and took the folder away, unless it was killed itself.
+        with contextlib.suppress(OSError):
+            os.killpg(int((self.folder / "process").read_text()), signal.SIGKILL)
+        self.lost(f"it ended with status {status}")
 
 
 def _environment() -> dict[str, str]:

@@ -32,6 +32,7 @@ from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.launch import start_followers
 
 PASS_TOKENS = 8192
+WRITE = "the base is written"
 # Name -> how it is held, whether the process is limited, passes of a step.
 HOLDINGS = {
     "whole": (Holding(), False, 2),
@@ -60,7 +61,9 @@ def main() -> None:
     for inner in ("one", "base", "rows"):  # of the processes that this one starts
         parser.add_argument(f"--{inner}", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one:
+    if given.one == WRITE:
+        train.model_of(shape(given)).save_pretrained(given.base)
+    elif given.one:
         run = Run(given)
         try:
             run.all()
@@ -78,7 +81,7 @@ class Run:
         self.holding, self.is_limited, self.passes = HOLDINGS[given.one]
         self.pass_tokens = 512 if given.tiny else PASS_TOKENS
         if self.holding.offload_folder:
-            self.holding = Holding("deepspeed", offload_folder=tempfile.mkdtemp(dir=given.disk))
+            self.holding = Holding("deepspeed", offload_folder=str(given.disk))
 
     def all(self) -> None:
         device, ballast = torch.device("cuda", 0) if train.ON_GPU else train.DEVICE, None
@@ -151,12 +154,13 @@ def shape(given: argparse.Namespace) -> str:
 
 def every_holding(given: argparse.Namespace) -> None:
     report: dict[str, Any] = {"command": " ".join(sys.argv), "machine": machine(), "rows": []}
-    with tempfile.TemporaryDirectory(dir=given.files) as folder:
+    on_disk = tempfile.TemporaryDirectory(dir=given.disk)
+    with tempfile.TemporaryDirectory(dir=given.files) as folder, on_disk as disk:
         rows = Path(folder) / "rows"
         rows.touch()
-        write_base(given, folder)
-        for name in given.holdings:
-            command = [sys.executable, *sys.argv, "--one", name, "--base", folder, "--rows", str(rows)]
+        for name in (WRITE, *given.holdings):
+            command = [sys.executable, *sys.argv, "--one", name]
+            command += ["--base", folder, "--rows", str(rows), "--disk", disk]
             try:
                 status: int | None = subprocess.run(command, timeout=given.seconds).returncode
             except subprocess.TimeoutExpired:
@@ -166,12 +170,6 @@ def every_holding(given: argparse.Namespace) -> None:
             report["rows"] = [json.loads(line) for line in rows.read_text().splitlines()]
             given.to.write_text(json.dumps(report, indent=1))
     print(given.to)
-
-
-def write_base(given: argparse.Namespace, folder: str) -> None:
-    """In a process of its own, so that none of the card is held."""
-    program = f"import train; train.model_of({shape(given)!r}).save_pretrained({folder!r})"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def test_a_mixture_is_refused_with_a_sentence(tmp_path: Path) -> None:
         (Holding("fsdp2", quantize="nf4"), "four bits cannot be cut"),
         (Holding("deepspeed", quantize="nf4"), "four bits cannot be cut"),
         (Holding("fsdp2", offload_folder="/scratch"), "needs parallel deepspeed"),
+        (Holding("deepspeed", offload=True, offload_folder="/scratch"), "leave out one"),
         (Holding(offload=True), "needs parallel fsdp2"),
     ],
 )

@@ -46,6 +46,8 @@ class Holding:
             raise ValueError("offload is for a base that is cut: it needs parallel fsdp2 (nproc may be 1)")
         if self.offload_folder and self.parallel != "deepspeed":
             raise ValueError("an offload folder needs parallel deepspeed (nproc may be 1)")
+        if self.offload_folder and self.offload:
+            raise ValueError("offload is to host memory, an offload folder is on a disk: leave out one")
 
 
 def open_engine(

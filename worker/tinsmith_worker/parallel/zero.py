@@ -24,6 +24,8 @@ from tinsmith_worker.experts import is_mixture
 from tinsmith_worker.model import decoder_layers
 from tinsmith_worker.parallel.group import Group
 
+log = logging.getLogger("tinsmith.worker")
+
 # How many layers' weights may be there in full: of the one that runs, and of the one that comes next.
 _LAYERS_AT_ONCE = 2
 
@@ -165,6 +167,10 @@ def _check_disk_access() -> None:
             "to keep a base on disks DeepSpeed needs libaio's headers and a C++ compiler "
             "(Debian, Ubuntu: apt install libaio-dev g++)"
         )
+    compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    for lock in compiled.rglob("lock"):
+        # PyTorch waits for it as long as it is there, and says nothing.
+        log.warning("waiting for %s; if nobody is compiling any more, remove it", lock)
 
 
 def own_place(folder: str | Path, rank: int) -> str:

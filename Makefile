@@ -60,7 +60,7 @@ cookbook: install
 	.venv/bin/python -m tinsmith_cookbook.book $(ARGS)
 
 test: install lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 # Every supported version of the official SDK, each in an environment of its own. Those are built the first time, in
 # $TINSMITH_TEST_CACHE or ~/.cache/tinsmith (2 GB); a version is a line of tests/versions/environments.py.

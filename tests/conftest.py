@@ -19,6 +19,9 @@ import pytest
 
 from tests.compatibility.plugin import Plugin
 
+# Many processes share few cores here, and threads that wait for one another in a loop take what others need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if TYPE_CHECKING:
     from tests import servers
     from tinsmith_api.journal.objects import ObjectStore
@@ -40,6 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     config.option.basetemp = Path(folder) / "pytest"
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes divide the tests as `--dist loadgroup` does: all that share a service go to one of them,
+    others by file."""
+    for item in items:
+        given = (
+            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        )
+        form = given.get("service") or given.get("null_service")
+        item.add_marker(pytest.mark.xdist_group(form or str(item.path)))
 
 
 class RunningService:
@@ -293,6 +307,10 @@ class RunningFleet:
         self._stopping.set()
         self._keeper.join()
         codes = []
+        self.processes["beat"].terminate()
+        self.processes["beat"].wait(
+            timeout=60
+        )  # or Celery may be given a job while it closes, and log an error
         for name in sorted(self.processes, reverse=True):  # workers before APIs
             self.processes[name].terminate()
         for process in self.processes.values():

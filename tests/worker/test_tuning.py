@@ -16,6 +16,7 @@ from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import TrainInput
 from tinsmith.wire.losses import LOSSES
 from tinsmith_worker import checkpoints
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, SampleInput, Work
 from tinsmith_worker.engine import EngineSettings
 from tinsmith_worker.open_engine import Holding, open_engine
@@ -95,6 +96,34 @@ def test_gradients_accumulate_over_calls_and_over_the_pieces_of_a_long_one() -> 
         for name, gradient in tiny.reference(model, given).gradients.items():
             expected[name] = expected.get(name, 0) + gradient
     assert_gradients_equal(engine, expected)
+
+
+@pytest.mark.parametrize("method", ["full", "dora"])
+def test_layers_that_are_computed_anew_give_the_same_gradients(method: str) -> None:
+    settings = {"rank": 8, "alpha": 16} if method == "dora" else {}
+    spec = LoraSpec(0, 0, train_unembed=method == "full", method=method, settings=settings)
+    gradients = []
+    for keeping in (Keeping(), Keeping(recomputed_layers=1), Keeping(recomputed_layers=2)):
+        engine = engine_of()
+        engine.create("run", spec)
+        trained(engine, 1)
+        engine.base.keeping = keeping
+        engine.forward_backward([Work("run", tiny.batch(seed=1))])
+        assert engine.base.kept == keeping
+        gradients.append(engine.state("run").gradient)
+    for other in gradients[1:]:
+        np.testing.assert_array_equal(gradients[0], other)
+
+
+def test_a_step_with_moments_in_parts_equals_one_with_all_of_them() -> None:
+    whole, in_parts = engine_of(), engine_of()
+    for engine, part_elements in ((whole, 0), (in_parts, 1000)):
+        engine.create("run", FULL)
+        engine._adapters["run"].part_elements = part_elements
+        trained(engine, 3)
+    expected, found = whole.state("run"), in_parts.state("run")
+    for name in ("weights", "moment1", "moment2"):
+        assert tiny.worst(getattr(found, name), getattr(expected, name)) <= 1e-7, name
 
 
 def test_a_forward_leaves_the_gradient_alone() -> None:

@@ -94,7 +94,10 @@ class Adapter:
     dtype, or the masters themselves when that is float32. `views` are of `compute`, and `places` says where
     in a flat buffer they are: [groups, 1 + MOST_MEMBERS] in ALIGNMENTs, -1 for what it does not act on.
     Gradient and moments are made at first use, so that a frozen adapter costs its weights alone.
+    `part_elements` of the moments are brought to the device at once for a step; 0: they lie there.
     """
+
+    part_elements = 0
 
     def __init__(
         self,

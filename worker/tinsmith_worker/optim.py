@@ -143,7 +143,7 @@ def _moments(adapter: Adapter, device: torch.device) -> Iterator[tuple[slice, to
     back, all behind one another on the device, and nobody waits."""
     moments = adapter.open_moments()
     size = moments[0].numel()
-    step = size if moments[0].device == device else _PART
+    step = adapter.part_elements or size
     for start in range(0, size, step):
         part = slice(start, min(start + step, size))
         moment1, moment2 = (moment[part].to(device, non_blocking=True) for moment in moments)
@@ -154,5 +154,3 @@ def _moments(adapter: Adapter, device: torch.device) -> Iterator[tuple[slice, to
 
 
 _BLOCK = 1024
-# Elements of a moment that are on the device at once, if not all are: 256 MB.
-_PART = 1 << 26

@@ -8,22 +8,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from tinsmith.errors import InvalidInput
+from tinsmith_worker.activations import Activations
 from tinsmith_worker.adapters import Adapter, Kind
+from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import LoraSpec
 from tinsmith_worker.experts import is_mixture
 from tinsmith_worker.head import Head
 from tinsmith_worker.lora import Deltas, accumulate
 from tinsmith_worker.model import Base, Layer
-from tinsmith_worker.stream import Stream
+from tinsmith_worker.stream import Segment, Stream
 from tinsmith_worker.tuning.methods import Wrapped
 from tinsmith_worker.tuning.weights import Form, Tuned
 
 # Every run's is its own if its seed is; one is small, and made anew in a moment.
 _FORMS_KEPT = 16
+_LEARNED_ROWS = 256
 
 
 class TunedBase(Base):
@@ -59,6 +63,7 @@ class TunedBase(Base):
         self._parameters: tuple[nn.Parameter, ...] = ()
         self._hooks: list[Any] = []
         self._active: Tuned | None = None
+        self._kept_by: dict[str, Activations] = {}  # by method and settings
         self._take_attention()
         self._check_packed(expected, architecture, None)
         self._plain_layers = [layer for _, layer in layers]
@@ -70,7 +75,22 @@ class TunedBase(Base):
         (adapter,) = adapters.values()
         assert adapter is None or isinstance(adapter, Tuned)
         self._become(adapter)
+        if adapter is not None and torch.is_grad_enabled():
+            kind = f"{adapter.spec.method} {adapter.spec.settings}"
+            if (known := self._kept_by.get(kind)) is None:
+                known = self.activations = self._kept_by[kind] = Activations(self.activations.layers)
+                self._learn(adapter)
+            self.activations = known
         return super().forward(stream)
+
+    def _learn(self, adapter: Tuned) -> None:
+        """How much the layers keep of a token, by a pass too small to be in the way: else the first one would
+        keep all of it, whether there is room or not. Methods differ in it manifold."""
+        rows = min(_LEARNED_ROWS, self.facts.max_context_length)
+        rows_T = torch.arange(rows, device=self.device)
+        attention = CausalSequences(np.array([rows]), is_deterministic=self.is_deterministic)
+        segment = Segment(0, rows, adapter)
+        super().forward(Stream(torch.zeros_like(rows_T), rows_T, (segment,), attention))
 
     def _deltas(self, stream: Stream, *, train: bool) -> dict[Kind, Deltas]:
         return {}

@@ -14,6 +14,10 @@ from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Layout, e
 from tinsmith_worker.contract import AdapterState, LoraSpec
 
 
+# Of moments in host memory, what is on the device at once: 256 MB of each.
+_PART = 1 << 26
+
+
 @dataclass(frozen=True, eq=False)
 class Form:
     """The parameters that runs of this spec train, by their names in the files, and what they are before the
@@ -77,6 +81,7 @@ class Tuned(Adapter):
 
     def _new_moment(self) -> torch.Tensor:
         if self.weights.is_cuda and not self._has_room():
+            self.part_elements = _PART
             return torch.zeros(self.weights.shape, dtype=torch.float32, pin_memory=True)
         return super()._new_moment()
 

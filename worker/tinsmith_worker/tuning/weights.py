@@ -13,7 +13,6 @@ import torch
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Layout, elements
 from tinsmith_worker.contract import AdapterState, LoraSpec
 
-
 # Of moments in host memory, what is on the device at once: 256 MB of each.
 _PART = 1 << 26
 

@@ -107,7 +107,7 @@ bench-service: install
 bench-scale: install
 	.venv/bin/python tests/benchmarks/scale.py $(ARGS)
 
-# A base whole, in four bits, and in parts off the GPU; on any machine a rehearsal of it (ARGS="--tiny").
+# A base whole, in four bits, and in parts off the GPU; on any machine a rehearsal of it (ARGS="--shape tiny").
 bench-hold: install
 	.venv/bin/python tests/benchmarks/hold.py $(ARGS)
 

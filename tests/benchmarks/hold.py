@@ -3,15 +3,18 @@ that lie in host memory or on a disk.
 
     make bench-hold
     PYTHONPATH=client:api:worker python3 tests/benchmarks/hold.py --to run.json
-    PYTHONPATH=client:api:worker python3 tests/benchmarks/hold.py --tiny    # any machine, a small shape
+    PYTHONPATH=client:api:worker python3 tests/benchmarks/hold.py --shape tiny                 # any machine
+    PYTHONPATH=client:api:worker python3 tests/benchmarks/hold.py --shape wide --limit-gib 2   # no GPU, 2.3 GB
 
 Random weights of the 8B shape in files, read as a worker reads them; whole steps (forward, backward, AdamW) of
 one adapter, in passes of 8,192 tokens. Each holding has a process of its own. Those marked "limited" may have
---limit-gib of the card and no more: the rest of it is taken before anything else is.
+--limit-gib of the card and no more: the rest of it is taken before anything else is. Without a GPU they may have
+as much of the host's memory (RLIMIT_DATA).
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,14 +27,17 @@ import torch
 import train
 from scale import SEQUENCE, SPEC, allocated, error, machine
 
-from tinsmith_worker.contract import AdamParams, Work
+from tinsmith_worker.activations import Keeping
+from tinsmith_worker.contract import AdamParams, LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.open_engine import Holding, read_base
 from tinsmith_worker.parallel.engine import GroupEngine
 from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.launch import start_followers
 
-PASS_TOKENS = 8192
+PASS_TOKENS = {"8B": 8192, "tiny": 512, "wide": 64}
+# Few operations for its bytes.
+train.SHAPES["wide"] = train.SHAPES["tiny"] | {"num_hidden_layers": 24, "intermediate_size": 32768}
 WRITE = "the base is written"
 # Name -> how it is held, whether the process is limited, passes of a step.
 HOLDINGS = {
@@ -56,13 +62,13 @@ def main() -> None:
     )
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), help="a folder on a disk")
     parser.add_argument("--to", type=Path, default=Path("hold.json"))
-    parser.add_argument("--tiny", action="store_true", help="a small shape, for a rehearsal")
+    parser.add_argument("--shape", choices=PASS_TOKENS, default="8B", help="tiny: for a rehearsal")
     parser.add_argument("--seconds", type=int, default=180, help="the most that a holding may take")
     for inner in ("one", "base", "rows"):  # of the processes that this one starts
         parser.add_argument(f"--{inner}", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one == WRITE:
-        train.model_of(shape(given)).save_pretrained(given.base)
+        train.model_of(given.shape).save_pretrained(given.base, max_shard_size="150MB")
     elif given.one:
         run = Run(given)
         try:
@@ -79,7 +85,8 @@ class Run:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.holding, self.is_limited, self.passes = HOLDINGS[given.one]
-        self.pass_tokens = 512 if given.tiny else PASS_TOKENS
+        self.pass_tokens = PASS_TOKENS[given.shape]
+        self.spec = SPEC if given.shape == "8B" else LoraSpec(8, 0, train_unembed=False)
         if self.holding.offload_folder:
             self.holding = Holding("deepspeed", offload_folder=str(given.disk))
 
@@ -88,6 +95,8 @@ class Run:
         if self.is_limited and train.ON_GPU:
             room = torch.cuda.mem_get_info()[0] - int(self.given.limit_gib * 2**30)
             ballast = torch.empty(room, dtype=torch.uint8, device=device)
+        elif self.is_limited:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(self.given.limit_gib * 2**30),) * 2)
         beside = allocated() if ballast is not None else 0.0
         assert beside is not None
         started = time.perf_counter()
@@ -103,11 +112,13 @@ class Run:
             engine = GroupEngine(base, group, EngineSettings(self.pass_tokens))
         if base.can_compile:
             base.compile()
+        if self.given.shape == "wide":
+            base.keeping = Keeping(recomputed_layers=base.activations.layers)
         self.time(engine, beside)
         self.compare(engine)
 
     def time(self, engine: TorchEngine, beside: float) -> None:
-        engine.create("timed", SPEC)
+        engine.create("timed", self.spec)
         work = [Work("timed", self.batch(self.passes * self.pass_tokens))]
 
         def step() -> None:
@@ -125,7 +136,7 @@ class Run:
 
     def compare(self, engine: TorchEngine) -> None:
         """Its gradient with that of the base that is held whole."""
-        state = engine.base.new_adapter(SPEC).state()
+        state = engine.base.new_adapter(self.spec).state()
         state.weights[:] = np.random.default_rng(5).normal(0, 0.01, state.weights.shape)
         engine.restore("compared", state)
         engine.forward_backward([Work("compared", self.batch(self.pass_tokens))])
@@ -138,18 +149,14 @@ class Run:
             self.row(gradient_against_whole=error(gradient, np.load(whole)))
 
     def batch(self, tokens: int) -> Any:
-        length = SEQUENCE // 8 if self.given.tiny else SEQUENCE
-        return train.batch([length] * (tokens // length), train.SHAPES[shape(self.given)]["vocab_size"], 1)
+        length = SEQUENCE if self.given.shape == "8B" else SEQUENCE // 8
+        return train.batch([length] * (tokens // length), train.SHAPES[self.given.shape]["vocab_size"], 1)
 
     def row(self, **row: Any) -> None:
         row = {"holding": self.given.one, **row}
         print(json.dumps(row), flush=True)
         with open(self.given.rows, "a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def shape(given: argparse.Namespace) -> str:
-    return "tiny" if given.tiny else "8B"
 
 
 def every_holding(given: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ from tinsmith.wire.loss_graph import FUNCTIONS, METHODS
 from tinsmith_worker import custom_loss
 from tinsmith_worker.contract import LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
+from tinsmith_worker.tuning.base import TunedBase
+from tinsmith_worker.tuning.engine import FULL, TunedEngine
 
 Loss = Callable[..., tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
@@ -120,14 +122,24 @@ def gradient_of(engine: TorchEngine, run_id: str) -> np.ndarray:
     return gradient
 
 
+@pytest.mark.parametrize("single_tenant", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("fn", [reinforce, sequence_ratio], ids=lambda f: f.__name__)
-def test_the_engine_s_gradient_is_that_of_the_same_loss_computed_by_torch(fn: Loss) -> None:
+def test_the_engine_s_gradient_is_that_of_the_same_loss_computed_by_torch(
+    fn: Loss, single_tenant: bool
+) -> None:
     """By cross entropy with the weights -dL/dlogprob, which is tested against autograd through the model."""
-    base = tiny.base()
-    engine = TorchEngine(base, EngineSettings(max_tokens_per_pass=64))  # in several passes
+    settings = EngineSettings(max_tokens_per_pass=64)  # in several passes
+    engine = (
+        TunedEngine(TunedBase(tiny.model()), settings)
+        if single_tenant
+        else TorchEngine(tiny.base(), settings)
+    )
     given = custom_batch(fn, (7, 30, 12, 25))
     for run_id in ("custom", "surrogate"):
-        engine.restore(run_id, tiny.trained(base, LoraSpec(4, 1)))
+        if single_tenant:
+            engine.create(run_id, FULL)
+        else:
+            engine.restore(run_id, tiny.trained(engine.base, LoraSpec(4, 1)))
     engine.check(given)
     (output,) = engine.forward_backward([Work("custom", given)])
     weights, losses, sums = [], [], dict[str, float]()

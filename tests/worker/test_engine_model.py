@@ -37,23 +37,6 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 REFUSED = {
-    "a mixture with linear maps beside its experts": (
-        DeepseekV3Config(
-            **SHAPE,
-            first_k_dense_replace=1,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=2,
-            topk_group=1,
-            moe_intermediate_size=16,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=8,
-            v_head_dim=16,
-        ),
-        "linear maps beside its experts",
-    ),
     "experts with biases": (
         GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
         "GptOssExperts are more, or others, than gate, up and down",

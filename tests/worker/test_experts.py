@@ -31,8 +31,19 @@ TENANTS = {
 }
 
 
-def model() -> Any:
-    return tiny.model("qwen3_moe", **SHAPE)
+# Beside those that a token is sent to, these have an expert that all tokens meet.
+WITH_SHARED: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"shared_expert_intermediate_size": 40},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 6, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+
+
+def model(family: str = "qwen3_moe") -> Any:
+    return tiny.model(family, **SHAPE | WITH_SHARED.get(family, {}))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +68,11 @@ def trained(engine: TorchEngine, runs: list[str]) -> dict[str, tuple[np.ndarray,
     return found
 
 
-def reference(state: AdapterState, given: TrainInput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def reference(
+    state: AdapterState, given: TrainInput, family: str = "qwen3_moe"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logprobs, and the gradient of every tensor of the adapter, by autograd through weights that hold it."""
-    of = model().requires_grad_(False)
+    of = model(family).requires_grad_(False)
     of.set_experts_implementation("eager")
     leaves = {
         name: torch.from_numpy(values.copy()).requires_grad_()
@@ -95,9 +108,24 @@ def reference(state: AdapterState, given: TrainInput) -> tuple[torch.Tensor, dic
 
 @pytest.mark.parametrize("run", TENANTS)
 def test_logprobs_and_gradients_are_those_of_weights_that_hold_the_adapter(base: Base, run: str) -> None:
-    logprobs, gradient = trained(TorchEngine(base), list(TENANTS))[run]
-    state = states(base)[run]
-    expected, gradients = reference(state, TENANTS[run][1])
+    equals_reference(base, run, "qwen3_moe")
+
+
+@pytest.mark.parametrize("family", WITH_SHARED)
+def test_an_expert_that_all_tokens_meet_is_trained_and_sampled_like_any_linear_map(family: str) -> None:
+    shared = Base(model(family))
+    names = [site.name for site in shared.sites]
+    assert any("layers.1.mlp.shared_expert" in name and name.endswith(".up_proj") for name in names)
+    assert not any("shared_expert_gate" in name for name in names)
+    for run in ("a", "b"):
+        equals_reference(shared, run, family)
+    says_what_a_forward_says(shared)
+
+
+def equals_reference(of: Base, run: str, family: str) -> None:
+    logprobs, gradient = trained(TorchEngine(of), list(TENANTS))[run]
+    state = states(of)[run]
+    expected, gradients = reference(state, TENANTS[run][1], family)
     assert tiny.worst(logprobs, expected) < 2e-5
     found = tiny.tensors(state, gradient)
     assert found.keys() == gradients.keys()
@@ -151,10 +179,12 @@ def test_exported_every_expert_has_matrices_and_a_rank_of_its_own(base: Base) ->
     assert sum(".experts." in name for name in weights) == 2 * 6 * 3 * 2
 
 
-def test_in_deterministic_mode_bits_do_not_depend_on_who_shares_the_pass() -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_in_deterministic_mode_bits_do_not_depend_on_who_shares_the_pass(family: str) -> None:
     threads = torch.get_num_threads()
     try:
-        engine = TorchEngine(Base(model()), EngineSettings(deterministic=True))
+        engine = TorchEngine(Base(model(family)), EngineSettings(deterministic=True))
+        equals_reference(engine.base, "a", family)
         alone = {run: trained(engine, [run])[run] for run in TENANTS}
         for order in (list(TENANTS), list(TENANTS)[::-1]):
             for run, found in trained(engine, order).items():
@@ -164,6 +194,10 @@ def test_in_deterministic_mode_bits_do_not_depend_on_who_shares_the_pass() -> No
 
 
 def test_what_is_sampled_has_the_logprobs_of_a_forward(base: Base) -> None:
+    says_what_a_forward_says(base)
+
+
+def says_what_a_forward_says(base: Base) -> None:
     engine = TorchEngine(base)
     sampler = TorchSampler(base)
     state = states(base)["a"]

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from tinsmith.wire.batch import TrainInput
 from tinsmith.wire.losses import LOSSES
@@ -37,7 +44,13 @@ def model(
         "tie_word_embeddings": tied,
         **changes,
     }
-    config = {"qwen3": Qwen3Config, "llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}[family](**shape)
+    config = {
+        "qwen3": Qwen3Config,
+        "llama": LlamaConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+        "qwen2_moe": Qwen2MoeConfig,
+        "deepseek_v3": DeepseekV3Config,
+    }[family](**shape)
     torch.manual_seed(17)
     # Rounded after it is drawn: drawn in bfloat16 it could be another model.
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)

@@ -18,7 +18,6 @@ from safetensors import numpy as safetensors_numpy
 
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import Float32
-from tinsmith_api.journal.objects import Body
 from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
 
 CONFIG = "adapter_config.json"
@@ -29,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 OPTIMIZER = "optimizer.safetensors"
 SPEC = "tinsmith.json"
 
+Body = bytes | memoryview  # as an object store takes it, of which an engine must not know
 _FORMAT = 1
 _FOR_TORCH = {"format": "pt"}  # transformers and PEFT want to be told
 # Of a whole model's weights, what goes into one file: some stores take no larger ones at once.

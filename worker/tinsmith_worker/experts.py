@@ -19,7 +19,7 @@ from torch import nn
 
 from tinsmith_worker.adapters import Adapter, Site
 from tinsmith_worker.copies import to_device
-from tinsmith_worker.lora import Current
+from tinsmith_worker.lora import Current, LoraLinear
 from tinsmith_worker.stream import Segment
 
 # What `F.grouped_mm` wants strides to be a multiple of, in elements of bfloat16.
@@ -39,8 +39,6 @@ def trouble(block: Any) -> str:
     is_plain &= not (getattr(given, "is_transposed", True) or getattr(given, "has_bias", True))
     if not is_plain or {name for name, _ in given.named_parameters()} != {"gate_up_proj", "down_proj"}:
         return f"its {type(given).__name__} are more, or others, than gate, up and down"
-    if any(isinstance(module, nn.Linear) for module in block.modules()):
-        return f"its {type(block).__name__} has linear maps beside its experts"
     if not _active(block):
         return f"its {type(block).__name__} does not say how many experts a token meets"
     return ""
@@ -67,6 +65,8 @@ class Mixture:
     def __init__(self, block: Any, group: int, current: Current) -> None:
         self._forward: Callable[[torch.Tensor], torch.Tensor] = block.forward
         self._experts = block.experts = Experts(block.experts, group)
+        # Experts that all tokens meet are linear maps like any other.
+        self._has_linears = any(isinstance(module, LoraLinear) for module in block.modules())
         self._current = current
         block.forward = self
 
@@ -77,10 +77,13 @@ class Mixture:
             self._experts.parts = merged(segments)
             return self._forward(x_1TD)
         # How many rows an expert is given would follow from everybody's choices, and the bits from that.
-        found = []
+        found, of_all = [], now.deltas
         for segment in segments:
             self._experts.parts = [Segment(0, segment.stop - segment.start, segment.adapter)]
+            if self._has_linears:
+                now.deltas = now.alone(segment)
             found.append(self._forward(x_1TD[:, segment.start : segment.stop]))
+        now.deltas = of_all
         return torch.cat(found, 1)
 
 

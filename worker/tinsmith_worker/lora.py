@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -431,7 +431,17 @@ class Pass:
     keeping: Keeping = field(default_factory=Keeping)
     segments: tuple[Segment, ...] = ()
     separate: bool = False  # whether a segment's bits must not depend on what shares the pass
+    make: Callable[[Sequence[Segment], int], dict[Kind, Deltas]] | None = None  # of segments, and rows in all
+    of_segments: dict[int, dict[Kind, Deltas]] = field(default_factory=dict)
     kept: dict[int, Any] = field(default_factory=dict)  # what an attention layer's backward wants, by its key
+
+    def alone(self, segment: Segment) -> dict[Kind, Deltas]:
+        """`deltas` of this segment, as if no other shared the pass."""
+        if segment.start not in self.of_segments:
+            assert self.make is not None
+            rows = segment.stop - segment.start
+            self.of_segments[segment.start] = self.make([Segment(0, rows, segment.adapter)], rows)
+        return self.of_segments[segment.start]
 
 
 class Current:

@@ -4,8 +4,9 @@ Shapes: T packed tokens, D hidden, V vocabulary.
 """
 
 import collections
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -133,14 +134,16 @@ class Base:
         if train:
             # Every parameter is frozen: this is what makes autograd record the pass at all.
             embedded_1TD.requires_grad_(True)
+        make = functools.partial(self._deltas, train=train)
         now = Pass(
             stream.attention,
-            acting or self._deltas(stream, train=train),
+            acting or make(stream.segments, len(stream.tokens_T)),
             train=train,
             may_compile=stream.attention.may_compile,
             keeping=(self.keeping or self._as_memory_allows(len(stream.tokens_T))) if train else Keeping(),
             segments=stream.segments,
             separate=self.is_deterministic,
+            make=make,
         )
         self._current.now, self._current.joined = now, acting is not None
         before = self._allocated()
@@ -160,10 +163,9 @@ class Base:
         hidden_1TD: torch.Tensor = output.last_hidden_state
         return hidden_1TD.squeeze(0)
 
-    def _deltas(self, stream: Stream, *, train: bool) -> dict[Kind, Deltas]:
+    def _deltas(self, segments: Sequence[Segment], rows: int, *, train: bool) -> dict[Kind, Deltas]:
         block = LEAST_ROWS if self.is_deterministic and self.device.type == "cpu" else None
-        rows = len(stream.tokens_T)
-        return deltas(stream.segments, rows, self.device, kernels=self.kernels, train=train, block=block)
+        return deltas(segments, rows, self.device, kernels=self.kernels, train=train, block=block)
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -229,8 +231,8 @@ class Base:
         group_of = {id(linear): group for group in together for linear in group}
         number = 0
         for path, layer in layers:
-            names = {id(m): name for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-            for linear in [m for m in layer.modules() if isinstance(m, nn.Linear)]:
+            names = {id(m): name for name, m in layer.named_modules() if _takes_adapters(m)}
+            for linear in [m for m in layer.modules() if _takes_adapters(m)]:
                 if id(linear) not in names:
                     continue  # was replaced with its group
                 linears: list[Any] = group_of.get(id(linear), [linear])
@@ -287,7 +289,7 @@ class Base:
             for _, layer in layers
             for parent in layer.modules()
             for child in parent.children()
-            if isinstance(child, nn.Linear)
+            if _takes_adapters(child)
         ]
         with torch.no_grad():
             self._decoder(input_ids=self._probe_tokens()[None, : _PROBE_LENGTHS[0]], use_cache=False)
@@ -425,6 +427,11 @@ def decoder_layers(decoder: Any, config: Any) -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return [(f"{path}.{i}", layer) for i, layer in enumerate(module)]
     return []
+
+
+def _takes_adapters(module: nn.Module) -> bool:
+    """Not a map to one number, as a shared expert's gate is: like a router it is left alone."""
+    return isinstance(module, nn.Linear) and module.out_features > 1
 
 
 def _refuse_unsupported(model: Any, config: Any, architecture: str) -> None:

@@ -4,7 +4,7 @@ Shapes: T packed tokens, N rows, D hidden, V vocabulary.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +92,7 @@ class TunedBase(Base):
         segment = Segment(0, rows, adapter)
         super().forward(Stream(torch.zeros_like(rows_T), rows_T, (segment,), attention))
 
-    def _deltas(self, stream: Stream, *, train: bool) -> dict[Kind, Deltas]:
+    def _deltas(self, segments: Sequence[Segment], rows: int, *, train: bool) -> dict[Kind, Deltas]:
         return {}
 
     def blank_adapter(

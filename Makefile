@@ -3,15 +3,15 @@
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
 # make test-versions, test-vllm, compatibility, fuzz: other SDKs and clients, vLLM; see below
-# make bench-train, bench-service, bench-sample, bench-scale, bench-hold, bench-control, bench-load, bench-abuse, chaos,
-# proto, lint, gpu-check, base: see below
+# make bench-train, bench-service, bench-sample, bench-agree, bench-scale, bench-hold, bench-control, bench-load, bench-abuse,
+# chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
 .PHONY: install demo cookbook test test-versions test-cookbook test-vllm fuzz compatibility lint
-.PHONY: bench-train bench-service bench-sample bench-scale bench-hold bench-control bench-load bench-abuse chaos proto gpu-check base
+.PHONY: bench-train bench-service bench-sample bench-agree bench-scale bench-hold bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -98,6 +98,10 @@ bench-train: install
 # installed: PYTHONPATH=client:api:worker python3 tests/benchmarks/sample.py
 bench-sample: install
 	.venv/bin/python tests/benchmarks/sample.py $(ARGS)
+
+# The sampler's logprobs beside the trainer's.
+bench-agree: install
+	.venv/bin/python tests/benchmarks/agree.py $(ARGS)
 
 # Training through the service, beside the engine alone (ARGS="--cases one --steps 20").
 bench-service: install

@@ -11,6 +11,7 @@ why, and the rest goes on.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
@@ -43,6 +44,8 @@ Rows = Iterator[Row]
 PROMPT = 512 if ON_GPU else 32
 # Without a GPU what counts is the processor's time: other programs do not take part in it.
 CLOCK = time.perf_counter if ON_GPU else time.process_time
+# A worker's slice_seconds, whose module needs more than is installed beside a bare GPU.
+SLICE_SECONDS = 0.5
 # As a worker that does nothing else has it: most of the memory holds keys and values.
 SAMPLING_ONLY = SamplerSettings(max_sequences=512, cache_bytes=45 << 30) if ON_GPU else SamplerSettings()
 
@@ -161,7 +164,7 @@ def least_ms(rows: int, context: int, adapters: int = 0) -> float | None:
     base = engine().base
     weights = sum(p.numel() for p in base._model.parameters()) - base._embedding.weight.numel()
     cells = sampler()._runner.cache.page_bytes(base.dtype) / sampler().settings.page_tokens
-    of_adapter = _state(32, 0).weights.size
+    of_adapter = state_of(32, 0).weights.size
     total = (weights + adapters * of_adapter) * base.dtype.itemsize + rows * context * cells
     return total / copy_rate() * 1e3
 
@@ -221,6 +224,9 @@ def beside(_: Row) -> Rows:
     row: Row = {"work": f"64 x {PROMPT} + {tokens}, the whole run"}
     yield row
     row["generate"] = {"tokens/s": 64 * tokens / generate(untouched(), given, tokens)}
+    # Of two runs that differ in their length alone the difference is steps.
+    longer = generate(untouched(), given, 2 + tokens // 2) - generate(untouched(), given, 2)
+    row["generate, its steps alone"] = {"tokens/s": 64 * (tokens // 2) / longer}
     yield {}
     free()
     sampler(SAMPLING_ONLY)
@@ -248,12 +254,17 @@ def decode(_: Row) -> Rows:
         least = least_ms(rows, PROMPT + 8 + steps // 2)
         share = {} if least is None else {"of the byte limit": least / found["ms a step"]}
         yield {"work": f"{rows} rows, context about {PROMPT + 8 + steps // 2}", "sampler": found, **share}
-    for name, more in (("top_p 0.9", {"top_p": 0.9}), ("top-20 logprobs", {"topk_sample_logprobs": 20})):
+    for name, more in (
+        ("top_p 0.9", {"top_p": 0.9}),
+        ("top_k 50", {"top_k": 50}),
+        ("top_k 50, then top_p 0.9", {"top_k": 50, "top_p": 0.9}),
+        ("top-20 logprobs", {"topk_sample_logprobs": 20}),
+    ):
         yield {"work": f"64 rows, {name}", "sampler": time_decode(64, 32, **more)}
 
 
 @functools.cache
-def _state(rank: int, seed: int) -> AdapterState:
+def state_of(rank: int, seed: int) -> AdapterState:
     made = engine().base.new_adapter(LoraSpec(rank, seed, train_unembed=False)).state()
     random = np.random.default_rng(seed)
     noise = random.normal(0, 0.01, 1 << 20).astype(np.float32)
@@ -266,7 +277,7 @@ def adapters(_: Row) -> Rows:
     for count in (1, 8, 16):
         names = [f"adapter {n}" for n in range(count)]
         for n, name in enumerate(names):
-            sampler().hold(name, _state(32, n % 2))
+            sampler().hold(name, state_of(32, n % 2))
         found = time_decode(64, 48, names)
         yield {
             "work": f"64 rows, {count} adapters of rank 32",
@@ -284,7 +295,7 @@ def prefill(_: Row) -> Rows:
     work = [Work("run", replace(batch([PROMPT] * (tokens // PROMPT), 4000, 0), forward_only=True))]
     forward = seconds_of(lambda: made.forward_backward(work), 4)
     made.drop("run")
-    sampler().hold("adapter", _state(32, 0))
+    sampler().hold("adapter", state_of(32, 0))
     taken = []
     for number in range(4):
         asked = requests(prompts(tokens // PROMPT, seed=number), [1], ["adapter"])
@@ -379,65 +390,73 @@ def tenants(_: Row) -> Rows:
            "together, s": together, "one after the other, s": apart, "times": apart / together}  # fmt: skip
 
 
-def agreement(_: Row) -> Rows:
-    """What the sampler says about its tokens against the engine's forward of the same weights; and how far
-    two forwards of the engine are apart that differ in their rounding alone: layers compiled and not."""
-    made, state = engine(), _state(32, 0)
-    made.restore("run", state)
-    sampler().hold("same", state)
-    asked = requests(prompts(32, [PROMPT // 4], seed=7), [PROMPT // 2], ["same"])
-    found = run(asked)
+def slices(_: Row) -> Rows:
+    """A worker's turns: a training pass, then sampling for as long as that took, half a second at most. What
+    each of them gets, against having the device to itself."""
+    made, given = engine(), batch([PROMPT] * 16 if ON_GPU else [PROMPT] * 4, 4000, 0)
+    made.create("run", LoraSpec(32 if ON_GPU else 8, 0, train_unembed=False))
+    sampler(SamplerSettings())
+    tokens, passes = 16 * PROMPT if ON_GPU else 4 * PROMPT, 8
 
-    def forward(one: SampleInput) -> np.ndarray:
-        tokens = np.concatenate([one.prompt, found[one.request_id].sequences[0].tokens])
-        given = replace(
-            batch([len(tokens) - 1], 4000, 0),
-            forward_only=True,
-            tokens_T=tokens[:-1],
-            targets_TK=tokens[1:, None].astype(np.int64),
-        )
-        return made.forward_backward([Work("run", given)])[0].logprobs_TK[len(one.prompt) - 1 :, 0]
+    def train() -> None:
+        made.forward_backward([Work("run", given)])
+        made.optim_steps([("run", AdamParams(1e-5))])
+        synchronize()
 
-    sampled = np.concatenate([found[one.request_id].sequences[0].logprobs for one in asked])
-    trained = np.concatenate([forward(one) for one in asked])
+    def fill() -> None:
+        number = itertools.count()
+        while len(sampler()._places.growing) + len(sampler()._places.waiting) < 64:
+            asked = requests(prompts(1, seed=next(number)), [2000 if ON_GPU else 400])[0]
+            sampler().add(replace(asked, request_id=f"{time.perf_counter()}"))
+            sampler().step()
+
+    train()
+    started = time.perf_counter()
+    for _ in range(passes):
+        train()
+    trained_alone = (time.perf_counter() - started) / passes
+    fill()
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(32):
+        sampler().step()
+    synchronize()
+    sampled_alone = (time.perf_counter() - started) / 32
+    waited: list[float] = []
+    sampled, started = 0, time.perf_counter()
+    for _ in range(passes):
+        began = time.perf_counter()
+        train()
+        ended = now = time.perf_counter()
+        until = ended + min(ended - began, SLICE_SECONDS)
+        while now < until:
+            sampler().step()
+            sampled += len(sampler()._places.growing)
+            now = time.perf_counter()
+        waited.append(now - ended)
+    taken = time.perf_counter() - started
     yield {
-        "work": f"{len(sampled)} tokens, {str(DTYPE)[6:]}, against forward",
-        **difference(sampled, trained),
+        "work": f"steps on {tokens} tokens and 64 sequences under way, in turns",
+        "a step alone, ms": trained_alone * 1e3,
+        "steps, of those alone": passes * trained_alone / taken,
+        "tokens sampled, of those alone": sampled / taken / (64 / sampled_alone),
+        "a pass waits for sampling, ms": {"mean": float(np.mean(waited)) * 1e3, "longest": max(waited) * 1e3},
     }
-    if made.base.can_compile:
-        layers = made.base._layers
-        compiled = [layer._whole for layer in layers]
-        for layer in layers:
-            layer._whole = layer._eager
-        again = np.concatenate([forward(one) for one in asked])
-        for layer, one in zip(layers, compiled, strict=True):
-            layer._whole = one
-        yield {"work": "the same, forward with its layers not compiled", **difference(again, trained)}
-        yield {"work": "the same, against that", **difference(sampled, again)}
-    sampler().release("same")
+    for one in [c.request.given.request_id for c in sampler()._places.growing]:
+        sampler().cancel(one)
     made.drop("run")
 
 
-def difference(found: np.ndarray, expected: np.ndarray) -> Row:
-    """KL is Schulman's k3 of what was drawn from `found`'s distribution: unbiased and never negative."""
-    delta = (found - expected).astype(np.float64)
-    return {
-        "mean |delta|": float(np.abs(delta).mean()),
-        "largest |delta|": float(np.abs(delta).max()),
-        "KL": float((np.exp(-delta) - 1 + delta).mean()),
-    }
-
-
 def profile(_: Row) -> Rows:
-    """Where the time of a step of 64 rows goes, by kernel."""
+    """Where the time of a step goes, by kernel."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
     made = sampler()
-    for names in ([""], [f"adapter {n}" for n in range(8)]):
+    for rows, names in ((64, [""]), (64, [f"adapter {n}" for n in range(8)]), (1, [""])):
         for n, name in enumerate(filter(None, names)):
-            made.hold(name, _state(32, n % 2))
-        for one in requests(prompts(64), [60], names):
+            made.hold(name, state_of(32, n % 2))
+        for one in requests(prompts(rows), [60], names):
             made.add(one)
         for _ in range(20):
             made.step()
@@ -454,7 +473,7 @@ def profile(_: Row) -> Rows:
         }
         counts = {event.key[:60]: event.count // 10 for event in seen.key_averages()}
         top = sorted(times, key=lambda key: -times[key])[:18]
-        yield {"work": f"64 rows, {len(list(filter(None, names)))} adapters",
+        yield {"work": f"{rows} rows, {len(list(filter(None, names)))} adapters",
                "ms": {f"{key} x {counts[key]}": round(times[key], 3) for key in top}, "in all": sum(times.values())}  # fmt: skip
         for name in filter(None, names):
             made.release(name)
@@ -462,26 +481,24 @@ def profile(_: Row) -> Rows:
 
 PARTS: dict[str, Callable[[Row], Rows]] = {
     "beside": beside, "decode": decode, "adapters": adapters, "prefill": prefill, "mixed": mixed, "fresh": fresh,
-    "tenants": tenants, "agreement": agreement, "profile": profile,
+    "tenants": tenants, "slices": slices, "profile": profile,
     "continuous": continuous,
 }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", default=",".join(list(PARTS)[:-1]), help="some of: " + ", ".join(PARTS))
+def main(parts: dict[str, Callable[[Row], Rows]], default: Sequence[str], about: str | None) -> None:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(default), help="some of: " + ", ".join(parts))
     parser.add_argument("--to", type=Path, default=Path("bench-sample.json"), help="where the report goes")
     given = parser.parse_args()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as a worker does
-    command = "tests/benchmarks/sample.py " + " ".join(sys.argv[1:])
+    command = f"tests/benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:])
     report: Row = {"command": command, "machine": machine(), "parts": {}}
     for part in given.parts.split(","):
         say("part", part)
         rows = report["parts"][part] = []
         try:
-            for row in PARTS[part](report):
+            for row in parts[part](report):
                 if row:
                     rows.append(row)
                 say(json.dumps(rows[-1])[:3000])
@@ -493,4 +510,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(PARTS, list(PARTS)[:-1], __doc__)

@@ -42,6 +42,7 @@ from tinsmith_worker.contract import (
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
+from tinsmith_worker.sampler.drawing import draw_by_kernels, draw_in_torch
 
 DTYPES = [torch.float32, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -426,6 +427,39 @@ def check_sampler(small: bool) -> list[Finding]:
     return findings
 
 
+def check_drawing(small: bool) -> list[Finding]:
+    """Tokens that the kernels draw, and what they say of them, against a sort in plain torch on the CPU. Every third
+    row's logits are steps of a half, so that many are equal."""
+    if DEVICE.type != "cuda":
+        say("the kernels that draw are for GPUs: nothing to check")
+        return []
+    random, rows, vocabulary = np.random.default_rng(0), 256, 151_936
+    logits_NV = torch.from_numpy(random.normal(0, 3, (rows, vocabulary)).astype(np.float32))
+    logits_NV[::3] = (logits_NV[::3] * 2).round() / 2
+    settings = [
+        (float(random.choice([0, 0.5, 1, 2])), int(random.choice([-1, 1, 50, 5000])), float(top_p))
+        for top_p in random.choice([0, 0.1, 0.9, 0.999, 1], rows)
+    ]
+    uniforms = random.random(rows)
+    found = draw_by_kernels(logits_NV.to(DEVICE), settings, uniforms, 20)
+    expected = draw_in_torch(logits_NV, settings, uniforms, 20)
+    same = found[0].cpu() == expected[0]
+    likeliest, wanted = found[2][0].cpu(), expected[2][0]
+    # Sums round otherwise: a number that falls between two tokens may fall on either side.
+    return [
+        _limited("rows whose drawn token is not the sort's", float((~same).double().mean()), 0.02),
+        _limited("logprobs of drawn tokens, largest difference", float((found[1].cpu() - expected[1])[same].abs().max()), 1e-3),
+        _limited("rows with other tokens among the likeliest 20",
+                 float((likeliest.isfinite() != wanted.isfinite()).any(1).double().mean()), 0.02),
+    ]  # fmt: skip
+
+
+def _limited(check: str, value: float, limit: float) -> Finding:
+    finding = {"check": check, "error": value, "limit": limit, "passed": value <= limit}
+    say(finding)
+    return finding
+
+
 def _sampled(engine: TorchEngine, *, exact: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The logprobs of what was sampled, and the engine's of the same tokens (exact: of a forward_backward)."""
     settings = SamplerSettings(cache_bytes=1 << 28)
@@ -457,7 +491,7 @@ def _next_tokens(tokens: np.ndarray) -> TrainInput:
     )
 
 
-PARTS = ["numbers", "packing", "attention", "custom", "experts", "deterministic", "sampler"]
+PARTS = ["numbers", "packing", "attention", "custom", "experts", "deterministic", "sampler", "drawing"]
 
 
 def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
@@ -469,6 +503,7 @@ def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
         "experts": check_experts,
         "deterministic": check_deterministic,
         "sampler": check_sampler,
+        "drawing": check_drawing,
     }
     return checks[part](tiny_shapes)
 

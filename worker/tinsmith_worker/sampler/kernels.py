@@ -1,12 +1,12 @@
-"""Triton kernels for a step that gives each of N sequences one token: attention over pages, what adapters
-add, and the drawing of tokens.
+"""Triton kernels for a step that gives each of N sequences its next logits: attention over pages, and what
+adapters add.
 
 What changes from step to step they read from the device's memory, so that a recorded step (a CUDA graph) can
 be replayed for other sequences and other adapters. All of them add up in an order that follows from a row's
 own data.
 
 Shapes: N rows, H query heads, G key/value heads, C channels of a head, I inputs and O outputs of a linear
-map, R rank, V vocabulary, S parts of a sum.
+map, R rank, S parts of a sum.
 """
 
 import triton
@@ -177,63 +177,3 @@ def expand(
                 )  # fmt: skip
                 total = tl.dot(u, w, total, input_precision="ieee")
             tl.store(y_at, total.to(y_NO.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def summarise(
-    logits_NV, warmth_N, most_NB, sums_NB, best_NB, vocabulary, stride, blocks, BLOCK: tl.constexpr
-):
-    """Of every block of a row's logits times 1 / temperature: the largest, where it is, the sum of exp."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocabulary
-    logits = tl.load(logits_NV + row * stride + columns, mask=inside, other=float("-inf"))
-    logits *= tl.load(warmth_N + row)
-    most = tl.max(logits, 0)
-    best = tl.min(tl.where(logits == most, columns, vocabulary), 0)
-    shift = tl.where(most == float("-inf"), 0.0, most)
-    at = row * blocks + block
-    tl.store(most_NB + at, most)
-    tl.store(best_NB + at, best)
-    tl.store(sums_NB + at, tl.sum(tl.where(inside, tl.exp(logits - shift), 0.0), 0))
-
-
-@triton.jit
-def draw(
-    logits_NV, warmth_N, uniform_N, most_NB, sums_NB, best_NB, tokens_N, logprobs_N, vocabulary, stride,
-    blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """A row's token by inverse CDF of its uniform number, or the likeliest one if that is negative, and its
-    logprob."""
-    row = tl.program_id(0).to(tl.int64)
-    of_row = tl.arange(0, BLOCKS)
-    exists = of_row < blocks
-    most = tl.load(most_NB + row * blocks + of_row, mask=exists, other=float("-inf"))
-    sums = tl.load(sums_NB + row * blocks + of_row, mask=exists, other=0.0)
-    highest = tl.max(most, 0)
-    masses = tl.where(exists & (most > float("-inf")), sums * tl.exp(most - highest), 0.0)
-    total = tl.sum(tl.where(exists, sums * tl.exp(most - highest), 0.0), 0)
-    uniform = tl.load(uniform_N + row)
-    warmth = tl.load(warmth_N + row)
-    if uniform < 0:
-        block = tl.min(tl.where(most == highest, of_row, blocks - 1), 0)
-        token = tl.load(best_NB + row * blocks + block)
-    else:
-        wanted = uniform * total
-        reached = tl.cumsum(masses, 0)
-        # Rounding may leave nothing beyond `wanted`: then the last that has any chance.
-        last = tl.max(tl.where(masses > 0, of_row, 0), 0)
-        block = tl.minimum(tl.min(tl.where((reached > wanted) & (masses > 0), of_row, BLOCKS), 0), last)
-        rest = wanted - tl.sum(tl.where(of_row < block, masses, 0.0), 0)
-        columns = tl.arange(0, BLOCK)
-        inside = block * BLOCK + columns < vocabulary
-        logits = tl.load(logits_NV + row * stride + block * BLOCK + columns, mask=inside, other=float("-inf"))
-        chances = tl.where(inside, tl.exp(logits * warmth - highest), 0.0)
-        reached_here = tl.cumsum(chances, 0)
-        last_here = tl.max(tl.where(chances > 0, columns, 0), 0)
-        first_here = tl.min(tl.where((reached_here > rest) & (chances > 0), columns, BLOCK), 0)
-        token = block * BLOCK + tl.minimum(first_here, last_here)
-    token = tl.minimum(token, vocabulary - 1)
-    logprob = tl.load(logits_NV + row * stride + token) * warmth - highest - tl.log(total)
-    tl.store(tokens_N + row, token.to(tl.int64))
-    tl.store(logprobs_N + row, logprob)

@@ -15,7 +15,7 @@ from tinsmith_worker.contract import TopK
 from tinsmith_worker.copies import to_device
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler.cache import Cache, Decode, Piece, Prefill, Shapes
-from tinsmith_worker.sampler.distribution import COLDEST, Filters, distribution, draw
+from tinsmith_worker.sampler.drawing import draw_by_kernels, draw_in_torch
 from tinsmith_worker.sampler.gathered import Looped
 from tinsmith_worker.sampler.order import segments
 from tinsmith_worker.sampler.places import Part
@@ -165,26 +165,10 @@ class Runner:
         settings = [(g.temperature, g.top_k, g.top_p) for g in given]
         uniforms = np.array([c.uniform for c in rows])
         width = max(g.topk_sample_logprobs for g in given)
-        table = None
-        if self._steps and not width:
-            tokens_N, chosen_N = _draw_plain(logits_NV, settings, uniforms)
-            cut = [row for row, (t, k, p) in enumerate(settings) if t > 0 and (k > 0 or p < 1)]
-        else:
-            tokens_N = torch.empty(len(rows), dtype=torch.int64, device=device)
-            chosen_N = torch.empty(len(rows), dtype=torch.float32, device=device)
-            cut = list(range(len(rows)))
-        if cut:
-            rows_M = to_device(np.array(cut), device) if len(cut) < len(rows) else slice(None)
-            filters = Filters.of([settings[row] for row in cut], logits_NV.shape[1], device)
-            logprobs_MV = distribution(logits_NV[rows_M], filters)
-            uniform_M1 = to_device(uniforms[cut][:, None], device)
-            tokens_M1 = draw(logprobs_MV, uniform_M1, filters.greedy_N)
-            tokens_N[rows_M] = tokens_M1[:, 0]
-            chosen_N[rows_M] = logprobs_MV.gather(-1, tokens_M1)[:, 0]
-            if width:
-                table = logprobs_MV.topk(min(width, logprobs_MV.shape[1]), dim=-1)
+        take = draw_by_kernels if self._steps else draw_in_torch
+        tokens_N, chosen_N, table = take(logits_NV, settings, uniforms, width)
         self._last_tokens[to_device(_seats(rows), device)] = tokens_N
-        arrived = _send([tokens_N, chosen_N, *(table or ())])
+        arrived = _send([tokens_N, chosen_N, *table])
 
         def wait() -> tuple[list[int], list[float], TopK | None]:
             tokens, chosen, *likeliest = arrived()
@@ -227,38 +211,6 @@ def _send(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
         return [copy.numpy() for copy in copies]
 
     return wait
-
-
-# Columns of logits that one program of the drawing kernels reads.
-_BLOCK = 4096
-
-
-def _draw_plain(
-    logits_NV: torch.Tensor, settings: Sequence[tuple[float, int, float]], uniforms: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] tokens and logprobs of rows that neither top-k nor top-p narrow, by Triton's kernels."""
-    from tinsmith_worker.sampler import kernels
-
-    (rows, vocabulary), device = logits_NV.shape, logits_NV.device
-    of_rows = [
-        (1 / max(t, COLDEST), u) if t else (1.0, -1.0)
-        for (t, _, _), u in zip(settings, uniforms, strict=True)
-    ]
-    warmth_N, uniform_N = to_device(np.array(of_rows, np.float32).T.copy(), device)
-    blocks = -(-vocabulary // _BLOCK)
-    most_NB, sums_NB = logits_NV.new_empty((2, rows, blocks))
-    best_NB = torch.empty((rows, blocks), dtype=torch.int32, device=device)
-    tokens_N = torch.empty(rows, dtype=torch.int64, device=device)
-    chosen_N = torch.empty(rows, dtype=torch.float32, device=device)
-    stride = logits_NV.stride(0)
-    kernels.summarise[(rows, blocks)](
-        logits_NV, warmth_N, most_NB, sums_NB, best_NB, vocabulary, stride, blocks, BLOCK=_BLOCK
-    )
-    kernels.draw[(rows,)](
-        logits_NV, warmth_N, uniform_N, most_NB, sums_NB, best_NB, tokens_N, chosen_N, vocabulary, stride,
-        blocks, BLOCK=_BLOCK, BLOCKS=max(2, 1 << (blocks - 1).bit_length()), num_warps=8,
-    )  # fmt: skip
-    return tokens_N, chosen_N
 
 
 def _shapes(base: Base) -> list[tuple[torch.Size, torch.Size]]:

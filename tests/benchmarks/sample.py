@@ -162,7 +162,8 @@ def least_ms(rows: int, context: int, adapters: int = 0) -> float | None:
     if not ON_GPU:
         return None
     base = engine().base
-    weights = sum(p.numel() for p in base._model.parameters()) - base._embedding.weight.numel()
+    # Of the maps of layers, which hold almost all; and the output embedding.
+    weights = sum(m.weight.numel() for g in base._groups for m in g.members) + base.head._weight_VD.numel()
     cells = sampler()._runner.cache.page_bytes(base.dtype) / sampler().settings.page_tokens
     of_adapter = state_of(32, 0).weights.size
     total = (weights + adapters * of_adapter) * base.dtype.itemsize + rows * context * cells

@@ -413,17 +413,20 @@ def check_sampler(small: bool) -> list[Finding]:
             }
         )
         say(findings[-1])
-        engine = reset(engine_with(small, dtype, deterministic=True))
-        differ = sum(int((ours != theirs).sum()) for ours, theirs in _sampled(engine, exact=True))
-        findings.append(
-            {
-                "check": f"exact logprobs that are not a forward_backward's, {dtype}".replace("torch.", ""),
-                "error": differ,
-                "limit": 0,
-                "passed": differ == 0,
-            }
-        )
-        say(findings[-1])
+        for compiled in (False, True)[: 2 if dtype == torch.bfloat16 else 1]:
+            engine = reset(engine_with(small, dtype, deterministic=True, compiled=compiled))
+            differ = sum(int((ours != theirs).sum()) for ours, theirs in _sampled(engine, exact=True))
+            findings.append(
+                {
+                    "check": f"exact logprobs that are not a forward_backward's, {dtype}{', compiled' * compiled}".replace(
+                        "torch.", ""
+                    ),
+                    "error": differ,
+                    "limit": 0,
+                    "passed": differ == 0,
+                }
+            )
+            say(findings[-1])
     return findings
 
 

@@ -322,7 +322,7 @@ def scores(engine: TorchEngine) -> Found:
         given = tiny.batch("cross_entropy", (length,), seed=seed, forward_only=True)
         text = np.append(given.tokens_T, given.targets_TK[-1]).astype(np.int32)
         given.targets_TK[:, 0] = text[1:]
-        (found[f"scored {length}"],) = engine.score(engine.frozen("run"), [text])
+        (found[f"scored {length}"],) = engine.score([(engine.frozen("run"), text)])
         (output,) = engine.forward_backward([Work("run", given)])
         found[f"trained {length}"] = output.logprobs_TK[:, 0]
     engine.drop("run")

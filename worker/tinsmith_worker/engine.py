@@ -191,17 +191,19 @@ class TorchEngine:
         adapter = self._adapters[run_id]
         return self.base.blank_adapter(adapter.spec, frozen=adapter.compute.clone())
 
-    def score(self, adapter: Adapter, texts: Sequence[Int32]) -> list[npt.NDArray[np.float32]]:
+    def score(self, texts: Sequence[tuple[Adapter, Int32]]) -> list[npt.NDArray[np.float32]]:
         """log p of every token of each text but its first, as a run with this adapter has it that is trained
         on the text: in deterministic mode bit for bit."""
-        self._adapters[_SCORED] = adapter
+        run_of = {id(adapter): f"{_SCORED}{n}" for n, (adapter, _) in enumerate(texts)}
+        self._adapters |= {run_of[id(adapter)]: adapter for adapter, _ in texts}
         try:
             # Each by itself, as a call of its own: the head's product of other rows may round otherwise.
-            work = [Work(_SCORED, _scored(text)) for text in texts]
+            work = [Work(run_of[id(adapter)], _scored(text)) for adapter, text in texts]
             # By this process alone, if it is one of a group: the others do not have the adapter.
             outputs = TorchEngine.begin_forward_backward(self, work).get()
         finally:
-            del self._adapters[_SCORED]
+            for run_id in run_of.values():
+                del self._adapters[run_id]
         return [output.logprobs_TK[:, 0] for output in outputs]
 
     def restore(self, run_id: str, state: AdapterState) -> None:
@@ -260,8 +262,10 @@ class TorchEngine:
                 piece.adapter.open_gradient()
         stream = self._pack(pieces)
         blocks = self._blocks(pieces, stream)
-        with torch.set_grad_enabled(train):
-            hidden_TD = self.base.forward(stream)
+        compiled = self.base.is_compiled and self.base.weights_stay
+        as_training = train or (self._settings.deterministic and compiled)
+        with torch.set_grad_enabled(as_training):
+            hidden_TD = self.base.forward(stream, only_forward=not train)
         states_TD = hidden_TD.detach()
         if not train:
             for block in blocks:

@@ -468,15 +468,22 @@ class Group:
         self.weight: torch.Tensor | None = None  # all members' side by side, once they are joined
         self.bias: torch.Tensor | None = None
 
-    def join(self) -> None:
-        """Lay the members' weights side by side, for one product instead of several; theirs become views."""
+    def join(self, *, transposed: bool) -> None:
+        """Lay the members' weights side by side, for one product instead of several; theirs become views.
+
+        `transposed`: as [I, O] in memory, which a CPU's library need not pack anew for every product: of 64
+        rows it is a fifth faster.
+        """
         biases: list[torch.Tensor] = [m.bias for m in self.members if m.bias is not None]
         if self.weight is not None or len(biases) not in (0, len(self.members)):
             return
         widths = [m.out_features for m in self.members]
-        self.weight = (
-            torch.cat(tuple(m.weight for m in self.members)) if len(widths) > 1 else self.members[0].weight
-        )
+        if transposed:
+            self.weight = torch.cat([m.weight.T for m in self.members], 1).T
+        elif len(widths) > 1:
+            self.weight = torch.cat([m.weight for m in self.members])
+        else:
+            self.weight = self.members[0].weight
         self.bias = torch.cat(biases) if biases else None
         for member, weight in zip(self.members, self.weight.split(widths), strict=True):
             member._linear[0].weight = nn.Parameter(weight, requires_grad=False)
@@ -493,6 +500,8 @@ class Group:
                 ys = group_forward(x_TI, self.key, *widths)[: len(self.members)]
         elif self.current.now is None:
             ys = tuple(F.linear(x_TI, m.weight, m.bias) for m in self.members)
+        elif not torch.is_grad_enabled():
+            ys = tuple(self.deltas.forward(self, x_TI))
         else:
             ys = _Apply.apply(x_TI, self, self.current.now.deltas[self.kind])
         return tuple(y.view(*x.shape[:-1], m.out_features) for y, m in zip(ys, self.members, strict=True))

@@ -95,6 +95,7 @@ class Base:
         self.weights_stay = not any(map(is_four_bit, model.modules()))
         self.kernels = self.device.type == "cuda" and triton_kernels() is not None
         self.is_deterministic = False
+        self.is_compiled = False
         self.keeping: Keeping | None = None
         self.kept = Keeping()  # by the last training pass
         layers = decoder_layers(self._decoder, config)
@@ -115,23 +116,31 @@ class Base:
     def compile(self) -> None:
         """Compile the layers for training passes, at the first one: half a minute, less when cached."""
         assert self.can_compile
+        self.is_compiled = True
         for layer in self._layers:
             layer.compile()
 
     def join_groups(self) -> None:
-        """Lay weights that are multiplied with the same input side by side. For training nothing changes."""
+        """Lay weights that are multiplied with the same input side by side. Training sees the same weights; a
+        CPU may round their products otherwise, unless it is deterministic."""
+        transposed = self.device.type == "cpu" and not self.is_deterministic
         if self.weights_stay:
             for group in self._groups:
-                group.join()
+                group.join(transposed=transposed)
 
-    def forward(self, stream: Stream, acting: dict[Kind, Deltas] | None = None) -> torch.Tensor:
+    def forward(
+        self, stream: Stream, acting: dict[Kind, Deltas] | None = None, *, only_forward: bool = False
+    ) -> torch.Tensor:
         """Hidden states [T, D] after the final norm. With gradients on, `backward` must be the next call.
 
         `acting`: what the adapters do instead of what the stream's segments say; its groups are joined.
+        `only_forward`: no `backward` follows, and with gradients on the bits are those of a pass that trains,
+        whose compiled layers round otherwise.
         """
         embedded_1TD = self._embedding(stream.tokens_T.unsqueeze(0))
-        train = torch.is_grad_enabled()
-        if train:
+        as_training = torch.is_grad_enabled()
+        train = as_training and not only_forward
+        if as_training:
             # Every parameter is frozen: this is what makes autograd record the pass at all.
             embedded_1TD.requires_grad_(True)
         make = functools.partial(self._deltas, train=train)
@@ -140,7 +149,9 @@ class Base:
             acting or make(stream.segments, len(stream.tokens_T)),
             train=train,
             may_compile=stream.attention.may_compile,
-            keeping=(self.keeping or self._as_memory_allows(len(stream.tokens_T))) if train else Keeping(),
+            keeping=(self.keeping or self._as_memory_allows(len(stream.tokens_T)))
+            if as_training
+            else Keeping(),
             segments=stream.segments,
             separate=self.is_deterministic,
             make=make,

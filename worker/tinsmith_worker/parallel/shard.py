@@ -44,12 +44,14 @@ class ShardedBase(Base):
         super().__init__(model, tokenizer=tokenizer)
         self.weights_stay = False
 
-    def forward(self, stream: Stream, acting: dict[Kind, Deltas] | None = None) -> torch.Tensor:
+    def forward(
+        self, stream: Stream, acting: dict[Kind, Deltas] | None = None, *, only_forward: bool = False
+    ) -> torch.Tensor:
         if isinstance(stream.attention, CausalSequences):
-            return super().forward(stream, acting)
+            return super().forward(stream, acting, only_forward=only_forward)
         self._group.tell("accompany")
         with all_or_none():
-            return super().forward(stream, acting)
+            return super().forward(stream, acting, only_forward=only_forward)
 
     def accompany(self, *, train: bool) -> None:
         """A pass over nothing that counts, so that others can gather the layers for theirs."""

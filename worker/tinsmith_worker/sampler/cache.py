@@ -5,6 +5,8 @@ pages of a row's sequence, L tokens of the longest, T packed tokens, H query hea
 channels of a head.
 """
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,10 +73,13 @@ class Cache:
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if device.type == "cpu":
-        # The system gives such memory only when it is first written to; torch would write to all of it.
-        return (
-            torch.from_numpy(np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-        )
+        # The system gives such memory only when it is first written to; torch would write to all of it. In
+        # large pages if it has them: a small one at a time took a tenth of all sampling.
+        memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

@@ -21,7 +21,8 @@ from tinsmith_worker.sampler.order import segments
 from tinsmith_worker.sampler.places import Part
 from tinsmith_worker.sampler.recorded import Steps
 from tinsmith_worker.sampler.requests import Continuation, fill_topk
-from tinsmith_worker.stream import Segment, Stream
+from tinsmith_worker.sampler.side import SideBySide
+from tinsmith_worker.stream import Attention, Segment, Stream
 
 # Logits of a prompt that are held at once while it is scored: 2^26 float32 are 256 MB.
 _SCORED_LOGITS = 1 << 26
@@ -47,6 +48,7 @@ class Runner:
         self._seats = seats
         self._last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=base.device)
         self._steps: Steps | None = None
+        self._side: SideBySide | None = None
         base.join_groups()
 
     @property
@@ -61,6 +63,14 @@ class Runner:
         may_record = not self.base.has_experts and self.base.weights_stay
         if self.base.kernels and self.cache.is_uniform and may_record:
             self._steps = Steps(self.base, self.cache, self._last_tokens, pages, self._seats)
+        if self.base.device.type == "cpu":
+            self._side = SideBySide(self.cache, pages * self.cache.page_bytes(self.base.dtype) // 4)
+
+    def clean(self, pages: Sequence[int]) -> None:
+        """These held what may not be finite."""
+        self.cache.clean(pages)
+        if self._side:
+            self._side.clear()
 
     def enter(self, adapter: Adapter) -> None:
         """It may be sampled from now on."""
@@ -135,25 +145,24 @@ class Runner:
     def next_logits(self, rows: Sequence[Continuation]) -> torch.Tensor:
         """What the base says after the last token of each row: [N, V]."""
         positions = np.array([c.length - 1 for c in rows])
-        tables = np.zeros((len(rows), max(len(c.pages) for c in rows)), np.int32)
-        for table, continuation in zip(tables, rows, strict=True):
-            table[: len(continuation.pages)] = continuation.pages
         if self._steps:
             adapters = [c.request.adapter for c in rows]
-            return self._steps.run(positions, tables, adapters, seats=_seats(rows))
+            return self._steps.run(positions, _tables(rows), adapters, seats=_seats(rows))
         device = self.base.device
         positions_N = to_device(positions, device)
         of_adapters = segments([(c.request.adapter, 1) for c in rows])
-        attention = Decode(
-            self.cache,
-            to_device(tables.astype(np.int64), device),
-            positions_N,
-            longest=int(positions.max()) + 1,
-        )
+        attention: Attention | None = None
+        if self._side:
+            attention = self._side.step(rows, [c.pages for c in rows], positions)
+        if attention is None:
+            tables_NW = to_device(_tables(rows).astype(np.int64), device)
+            attention = Decode(self.cache, tables_NW, positions_N, longest=int(positions.max()) + 1)
         tokens_N = self._last_tokens[to_device(_seats(rows), device)]
         stream = Stream(tokens_N, positions_N, of_adapters, attention)
-        hidden_ND = self.base.forward(stream, Looped.of(of_adapters))
-        return self._logits(hidden_ND, of_adapters)
+        # Without a recorded step there are some thousand operators, each of which asks less in this mode.
+        with torch.inference_mode(device.type == "cpu"):
+            hidden_ND = self.base.forward(stream, Looped.of(of_adapters))
+            return self._logits(hidden_ND, of_adapters)
 
     def pick(self, logits_NV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         return logits_NV[to_device(np.array(rows, np.int64), logits_NV.device)]
@@ -190,6 +199,14 @@ class Runner:
         if not of_adapters:
             return hidden_ND.new_empty((0, self.base.facts.vocab_size), dtype=torch.float32)
         return torch.cat([self.base.head.logits(hidden_ND[s.start : s.stop], s.adapter) for s in of_adapters])
+
+
+def _tables(rows: Sequence[Continuation]) -> np.ndarray:
+    """[N, W] the pages of each."""
+    tables = np.zeros((len(rows), max(len(c.pages) for c in rows)), np.int32)
+    for table, continuation in zip(tables, rows, strict=True):
+        table[: len(continuation.pages)] = continuation.pages
+    return tables
 
 
 def _seats(rows: Sequence[Continuation]) -> np.ndarray:

@@ -44,7 +44,9 @@ class SamplerSettings:
 
 
 # log p of every token but the first of each text, as the engine computes it.
-Score = Callable[[Adapter, Sequence[npt.NDArray[np.int32]]], Sequence[npt.NDArray[np.float32]]]
+Score = Callable[[Sequence[tuple[Adapter, npt.NDArray[np.int32]]]], Sequence[npt.NDArray[np.float32]]]
+# A pass that scores texts takes as long for a few of them: answers wait for company, this many steps at most.
+_SCORING_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class TorchSampler:
         self.settings = settings or SamplerSettings()
         self._launched: deque[Launched] = deque()
         self._complete: list[Request] = []
+        self._unscored: list[Request] = []
+        self._scoring_steps = 0  # since the first of them came
         self._done: list[SampleOutput | tuple[str, Failure]] = []
         self._pieces: list[SampledPiece] = []
         self._score = score
@@ -159,7 +163,7 @@ class TorchSampler:
 
     @property
     def busy(self) -> bool:
-        return self._places.busy or bool(self._launched or self._done)
+        return self._places.busy or bool(self._launched or self._unscored or self._done)
 
     def _prepare(self, request: Request) -> bool:
         """Have its weights on the device. False if there is no room for them now."""
@@ -194,10 +198,11 @@ class TorchSampler:
 
     def _drop(self, request_id: str, *, is_sound: bool = True) -> None:
         """Forget everything about a request."""
+        self._unscored = [r for r in self._unscored if r.given.request_id != request_id]
         for continuation in self._places.drop(request_id):
             freed = self._places.leave(continuation, is_sound=is_sound)
             if not is_sound:
-                self._runner.cache.clean(freed)
+                self._runner.clean(freed)
 
     def _fail(self, request: Request, failure: Failure, *, is_sound: bool = True) -> None:
         self._drop(request.given.request_id, is_sound=is_sound)
@@ -336,29 +341,56 @@ class TorchSampler:
         """Answer the requests that are complete."""
         complete, self._complete = self._complete, []
         for request in complete:
-            if self._score is not None and self._scores(request):
-                try:
-                    self._rescore(request, self._score)
-                except RuntimeError as error:
-                    log.exception("a request could not be scored")
-                    message = f"what was sampled could not be scored: {error}"
-                    self._done.append((request.given.request_id, Failure(message, "server")))
-                    continue
-            self._done.append(request.output)
+            if self._scores(request):
+                self._unscored.append(request)
+            else:
+                self._done.append(request.output)
+        if not self._unscored or self._score is None:
+            return
+        self._scoring_steps += 1
+        tokens = sum(
+            len(request.given.prompt) + len(sequence.tokens)
+            for request in self._unscored
+            for sequence in request.finished.values()
+        )
+        is_over = not self._places.busy and not self._launched
+        if is_over or tokens >= self.settings.max_pass_tokens or self._scoring_steps >= _SCORING_STEPS:
+            requests, self._unscored, self._scoring_steps = self._unscored, [], 0
+            self._answer_scored(requests, self._score)
 
     def _scores(self, request: Request) -> bool:
         """Whether what is said about its tokens is known when all are there, and not before."""
         return self._score is not None and request.is_plain
 
-    def _rescore(self, request: Request, score: Score) -> None:
-        prompt = request.given.prompt
-        adapter = request.adapter or self._shelf.nothing
-        texts = [np.concatenate([prompt, s.tokens]) for s in request.finished.values() if len(s.tokens)]
-        scored = iter(score(adapter, texts) if texts else [])
-        for index, sequence in request.finished.items():
-            if len(sequence.tokens):
-                logprobs = next(scored)[len(prompt) - 1 :]
-                request.finished[index] = replace(sequence, logprobs=logprobs.astype(np.float32))
+    def _answer_scored(self, requests: Sequence[Request], score: Score) -> None:
+        """Together; if that fails, each by itself."""
+        try:
+            self._rescore(requests, score)
+        except RuntimeError as error:
+            log.exception("%d requests could not be scored", len(requests))
+            if len(requests) > 1:
+                for request in requests:
+                    self._answer_scored([request], score)
+                return
+            message = f"what was sampled could not be scored: {error}"
+            self._done.append((requests[0].given.request_id, Failure(message, "server")))
+            return
+        self._done += [request.output for request in requests]
+
+    def _rescore(self, requests: Sequence[Request], score: Score) -> None:
+        wanted = [
+            (request, index, sequence)
+            for request in requests
+            for index, sequence in request.finished.items()
+            if len(sequence.tokens)
+        ]
+        texts = [
+            (request.adapter or self._shelf.nothing, np.concatenate([request.given.prompt, sequence.tokens]))
+            for request, _, sequence in wanted
+        ]
+        for (request, index, sequence), found in zip(wanted, score(texts) if texts else (), strict=True):
+            logprobs = found[len(request.given.prompt) - 1 :].astype(np.float32)
+            request.finished[index] = replace(sequence, logprobs=logprobs)
 
 
 def _device_bytes(device: torch.device, part: int) -> int:

@@ -1,6 +1,6 @@
 """The sampler against transformers and PEFT, against the trainer, and against itself in other company."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.worker import tiny
 from tinsmith.wire.batch import TrainInput
 from tinsmith_worker import tiny_base
+from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import (
     AdamParams,
     AdapterState,
@@ -280,6 +281,49 @@ def test_many_adapters_and_settings_in_one_batch_equal_each_alone(sampler: Torch
             np.testing.assert_allclose(
                 together[given.request_id].prompt_logprobs, alone.prompt_logprobs, atol=ROUNDING
             )
+
+
+def test_side_by_side_or_gathered_from_pages_gives_the_same_tokens(
+    base: Base, states: dict[str, AdapterState]
+) -> None:
+    """Sequences of many lengths and adapters, of which some leave early and one outgrows its room."""
+    asked = [
+        request(str(n), ["", *SPECS][n % 4], max_tokens=5 + 13 * n, seed=n, prompt=PROMPT[: 3 + n])
+        for n in range(8)
+    ]
+    side_by_side, gathered = make(base, states), make(base, states)
+    assert gathered._runner._side is not None
+    gathered._runner._side._most_bytes = 0
+    found = [run(sampler, *asked) for sampler in (side_by_side, gathered)]
+    assert side_by_side._runner._side is not None
+    assert side_by_side._runner._side.keys
+    assert not gathered._runner._side.keys
+    for given in asked:
+        assert_same(found[0][given.request_id], found[1][given.request_id])
+
+
+def test_requests_are_scored_together_and_one_that_cannot_be_fails_alone(
+    base: Base, states: dict[str, AdapterState]
+) -> None:
+    engine, calls = TorchEngine(base, EngineSettings()), []
+
+    def score(texts: Sequence[tuple[Adapter, npt.NDArray[np.int32]]]) -> list[npt.NDArray[np.float32]]:
+        calls.append(len(texts))
+        if any(len(text) == len(PROMPT) + 3 for _, text in texts):
+            raise RuntimeError("no memory")
+        return engine.score(texts)
+
+    exact = TorchSampler(base, score=score)
+    exact.hold("wide", states["wide"])
+    for given in [request("a", max_tokens=4), request("b", "wide", max_tokens=6), request("c", max_tokens=3)]:
+        exact.add(given)
+    found = named(answers(exact))
+    assert calls == [3, 1, 1, 1]
+    assert isinstance(found["a"], SampleOutput)
+    assert isinstance(found["b"], SampleOutput)
+    failed = found["c"]
+    assert isinstance(failed, tuple)
+    assert "could not be scored" in failed[1].message
 
 
 def test_requests_that_join_or_leave_midway_change_nobodys_tokens(sampler: TorchSampler) -> None:

@@ -4,6 +4,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tinsmith_worker.sampler.distribution import Filters, distribution, draw, random_stream
+from tinsmith_worker.sampler.drawing import draw_in_torch
 
 VOCAB = 50
 
@@ -87,6 +88,42 @@ def test_the_ends_of_the_interval_draw_possible_tokens_only() -> None:
     logprobs_NV = torch.tensor([[-torch.inf, 0.5, 0.5, -torch.inf]]).log_softmax(-1)
     ends_NK = torch.tensor([[0.0, 1 - 2.0**-53]], dtype=torch.float64)
     assert draw(logprobs_NV, ends_NK, torch.tensor([False])).tolist() == [[1, 2]]
+
+
+SETTINGS = [(1.0, -1, 1.0), (0.0, 5, 0.5), (0.7, 6, 1.0), (2.0, -1, 0.6), (1.0, 20, 0.9), (1.3, -1, 1.0)]
+
+
+@pytest.mark.parametrize("vocab", [8, 64, 1000])
+def test_a_drawn_token_is_the_inverse_cdf_of_the_distribution(vocab: int) -> None:
+    given_NV = logits(600, vocab)
+    settings = SETTINGS * 100
+    uniforms = random_stream(1, 0).random(600)
+    tokens_N, chosen_N, (values_NK, ids_NK) = draw_in_torch(given_NV, settings, uniforms, 4)
+    filters = Filters.of(settings, vocab, given_NV.device)
+    wanted_NV = distribution(given_NV, filters)
+    wanted_N = draw(wanted_NV, torch.from_numpy(uniforms)[:, None], filters.greedy_N)[:, 0]
+    assert torch.equal(tokens_N, wanted_N)
+    torch.testing.assert_close(chosen_N, wanted_NV.gather(1, tokens_N[:, None])[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(values_NK, wanted_NV.topk(4).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(values_NK, wanted_NV.gather(1, ids_NK), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_no_draw_is_of_a_token_that_cannot_be(uniform: float) -> None:
+    given_NV = torch.full((2, 300), -torch.inf)
+    given_NV[0, [70, 129]] = 0.0
+    given_NV[1, :] = torch.linspace(0, -200, 300)  # most of these vanish in float32
+    tokens = draw_in_torch(given_NV, [(1.0, -1, 1.0)] * 2, np.full(2, uniform), 0)[0]
+    assert int(tokens[0]) in (70, 129)
+    assert given_NV[1, tokens[1]] > -110
+
+
+def test_what_is_not_a_number_is_told() -> None:
+    given_NV = logits(3, 70)
+    given_NV[1, 66] = torch.nan
+    tokens_N, chosen_N, _ = draw_in_torch(given_NV, SETTINGS[:1] * 3, np.array([0.1, 0.999, 0.5]), 0)
+    assert chosen_N.isnan().tolist() == [False, True, False]
+    assert int(tokens_N.max()) < 70
 
 
 def test_a_stream_depends_on_seed_and_index_alone() -> None:

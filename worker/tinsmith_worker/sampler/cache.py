@@ -6,6 +6,7 @@ channels of a head.
 """
 
 import contextlib
+import itertools
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Piece:
 class Prefill:
     """Attention of a stream made of pieces of prompts: store what they bring, attend over all their past.
 
-    On CUDA in half precision one kernel takes them all, elsewhere each goes by itself.
+    On CUDA in half precision one kernel takes them all.
     """
 
     may_compile = True
@@ -125,7 +126,10 @@ class Prefill:
     def __init__(self, cache: Cache, pieces: Sequence[Piece], rows: int) -> None:
         """`rows` of the stream; those after the last piece are padding."""
         self._cache = cache
-        self._pieces = pieces
+        # Whole ones of one length, side by side, go together; others each by itself.
+        self._alike = [
+            list(alike) for _, alike in itertools.groupby(pieces, lambda p: p.stop if not p.start else id(p))
+        ]
         device = cache.keys[0].device
         cells = [cache.cells(p.pages, p.start, p.stop) for p in pieces]
         padding = rows - sum(map(len, cells))
@@ -160,15 +164,21 @@ class Prefill:
         keys, values = self._store(layer, key_TGC, value_TGC)
         attended_THC = query_THC.new_zeros((*query_THC.shape[:2], value_TGC.shape[2]))
         row = 0
-        for piece in self._pieces:
-            rows = slice(row, row + piece.stop - piece.start)
+        for pieces in self._alike:
+            first, count = pieces[0], len(pieces)
+            length = first.stop - first.start
+            rows = slice(row, row + count * length)
             row = rows.stop
-            if piece.start:
-                cells = torch.from_numpy(self._cache.cells(piece.pages, 0, piece.stop)).to(keys.device)
+            if first.start:
+                cells = torch.from_numpy(self._cache.cells(first.pages, 0, first.stop)).to(keys.device)
                 key_LGC, value_LGC = keys[cells], values[cells]
             else:
                 key_LGC, value_LGC = key_TGC[rows], value_TGC[rows]
-            attended_THC[rows] = _continue(query_THC[rows], key_LGC, value_LGC, piece.start, scale)
+            query_SLHC, key_SLGC, value_SLGC = (
+                x.unflatten(0, (count, -1)) for x in (query_THC[rows], key_LGC, value_LGC)
+            )
+            attended_SLHC = _continue(query_SLHC, key_SLGC, value_SLGC, first.start, scale)
+            attended_THC[rows] = attended_SLHC.flatten(0, 1)
         return attended_THC
 
     def forward(
@@ -203,28 +213,28 @@ def _bounds(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 def _continue(
-    query_THC: torch.Tensor, key_LGC: torch.Tensor, value_LGC: torch.Tensor, start: int, scale: float
+    query_SLHC: torch.Tensor, key_SLGC: torch.Tensor, value_SLGC: torch.Tensor, start: int, scale: float
 ) -> torch.Tensor:
-    """The queries are those of positions from `start` on, the keys those of all positions."""
-    query_HTC, key_GLC, value_GLC = (x.transpose(0, 1) for x in (query_THC, key_LGC, value_LGC))
-    repeats = query_HTC.shape[0] // key_GLC.shape[0]
+    """S sequences. The queries are those of positions from `start` on, the keys those of all positions."""
+    query_SHLC, key_SGLC, value_SGLC = (x.transpose(1, 2) for x in (query_SLHC, key_SLGC, value_SLGC))
+    repeats = query_SHLC.shape[1] // key_SGLC.shape[1]
     mask_TL = None
     if start:
-        positions_L = torch.arange(key_GLC.shape[1], device=query_HTC.device)
+        positions_L = torch.arange(key_SGLC.shape[2], device=query_SHLC.device)
         mask_TL = positions_L <= positions_L[start:, None]
-    if query_HTC.is_cuda and repeats > 1 and (start or query_HTC.dtype == torch.float32):
+    if query_SHLC.is_cuda and repeats > 1 and (start or query_SHLC.dtype == torch.float32):
         # No such kernel on CUDA shares key/value heads; the fallback would hold all T x L scores.
-        key_GLC, value_GLC = (x.repeat_interleave(repeats, 0) for x in (key_GLC, value_GLC))
+        key_SGLC, value_SGLC = (x.repeat_interleave(repeats, 1) for x in (key_SGLC, value_SGLC))
         repeats = 1
     return F.scaled_dot_product_attention(
-        query_HTC[None],
-        key_GLC[None],
-        value_GLC[None],
+        query_SHLC,
+        key_SGLC,
+        value_SGLC,
         attn_mask=mask_TL,
         is_causal=mask_TL is None,
         scale=scale,
         enable_gqa=repeats > 1,
-    )[0].transpose(0, 1)
+    ).transpose(1, 2)
 
 
 class Decode:

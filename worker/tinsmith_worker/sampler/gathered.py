@@ -57,8 +57,7 @@ class Table:
         """`groups`: the inputs of each group of sites, by its number."""
         self._device = device
         self.most_rank = most_rank
-        # The base's product would otherwise take all processors first.
-        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.anchor = torch.zeros(ALIGNMENT, dtype=dtype, device=device)
         self._places = np.full((len(groups), 1 + MOST_MEMBERS, most_adapters), _NOWHERE, np.int64)
         self.places = to_device(self._places.copy(), device)

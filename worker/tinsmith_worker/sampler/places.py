@@ -26,6 +26,7 @@ class Reading:
     continuations: list[Continuation]
     scores: PromptScores | None
     read: int
+    first_page: bytes  # its tokens
 
     @property
     def pages(self) -> list[int]:
@@ -148,7 +149,8 @@ class Places:
         read = len(found) * pages.page_tokens
         if request.hits is None:
             request.hits = read
-        reading = Reading(request, tokens, continuations, scores, read)
+        first_page = tokens[: pages.page_tokens].tobytes()
+        reading = Reading(request, tokens, continuations, scores, read, first_page)
         self.reading.append(reading)
         return reading
 
@@ -156,9 +158,10 @@ class Places:
         """Whether somebody is reading just now what this request could then find."""
         size, prompt = self.pages.page_tokens, request.given.prompt
         whole = request.most_hits // size * size
+        first_page, scope = prompt[:size].tobytes(), request.scope
         for reading in self.reading:
             theirs = reading.tokens
-            if request.scope != reading.request.scope:
+            if first_page != reading.first_page or scope != reading.request.scope:
                 continue
             shared = min(whole, len(theirs) // size * size)
             unequal = np.flatnonzero(prompt[:shared] != theirs[:shared])

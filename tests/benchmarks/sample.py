@@ -245,23 +245,22 @@ def beside(_: Row) -> Rows:
 def turns(_: Row) -> Rows:
     """`beside` where both models fit side by side, in turns: other programs disturb them alike then."""
     assert not ON_GPU, "beside does this on a GPU"
-    tokens, times, ours, theirs = 64, [], [], []
-    model = untouched()
+    tokens, ours, theirs = 64, [], []
+    row: Row = {"work": f"64 x {PROMPT} + {tokens}, the whole run, {torch.get_num_threads()} threads"}
+    yield row
     for number in range(7):
         given = prompts(64, seed=number)
-        theirs.append(generate(model, given, tokens, repeats=1))
-        ours.append(seconds_of(functools.partial(run, requests(given, [tokens]))))
-        times.append(theirs[-1] / ours[-1])
-    yield {
-        "work": f"64 x {PROMPT} + {tokens}, the whole run, {torch.get_num_threads()} threads, in six turns",
-        "generate": {"tokens/s": 64 * tokens / float(np.median(theirs[1:]))},
-        "sampler": {"tokens/s": 64 * tokens / float(np.median(ours[1:]))},
-        "times generate": {
-            "median": float(np.median(times[1:])),
-            "least": min(times[1:]),
-            "most": max(times[1:]),
-        },
-    }
+        theirs.append(64 * tokens / generate(untouched(), given, tokens, repeats=1))
+        ours.append(64 * tokens / seconds_of(functools.partial(run, requests(given, [tokens]))))
+        if number:  # the first warms up
+            times = sorted(a / b for a, b in zip(ours[1:], theirs[1:], strict=True))
+            row |= {
+                "turns": number,
+                "generate": {"tokens/s": float(np.median(theirs[1:]))},
+                "sampler": {"tokens/s": float(np.median(ours[1:]))},
+                "times generate": {"median": float(np.median(times)), "from": times[0], "to": times[-1]},
+            }
+            yield {}
 
 
 def continuous(_: Row) -> Rows:

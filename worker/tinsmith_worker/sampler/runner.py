@@ -159,8 +159,9 @@ class Runner:
             attention = Decode(self.cache, tables_NW, positions_N, longest=int(positions.max()) + 1)
         tokens_N = self._last_tokens[to_device(_seats(rows), device)]
         stream = Stream(tokens_N, positions_N, of_adapters, attention)
-        # Without a recorded step there are some thousand operators, each of which asks less in this mode.
-        with torch.inference_mode(device.type == "cpu"):
+        # Without a recorded step there are some thousand operators, each of which asks less in this mode; but
+        # what a single-tenant base makes in it could not be trained.
+        with torch.inference_mode(device.type == "cpu" and not self.base.facts.single_tenant):
             hidden_ND = self.base.forward(stream, Looped.of(of_adapters))
             return self._logits(hidden_ND, of_adapters)
 

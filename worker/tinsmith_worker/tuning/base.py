@@ -69,7 +69,9 @@ class TunedBase(Base):
         self._plain_layers = [layer for _, layer in layers]
         self._layers = [Layer(layer, n, self._current) for n, layer in enumerate(self._plain_layers)]
 
-    def forward(self, stream: Stream, acting: dict[Kind, Deltas] | None = None) -> torch.Tensor:
+    def forward(
+        self, stream: Stream, acting: dict[Kind, Deltas] | None = None, *, only_forward: bool = False
+    ) -> torch.Tensor:
         adapters = {id(segment.adapter): segment.adapter for segment in stream.segments}
         assert len(adapters) == 1, "a pass of a single-tenant worker is one run's"
         (adapter,) = adapters.values()
@@ -81,7 +83,7 @@ class TunedBase(Base):
                 known = self.activations = self._kept_by[kind] = Activations(self.activations.layers)
                 self._learn(adapter)
             self.activations = known
-        return super().forward(stream)
+        return super().forward(stream, only_forward=only_forward)
 
     def _learn(self, adapter: Tuned) -> None:
         """How much the layers keep of a token, by a pass too small to be in the way: else the first one would

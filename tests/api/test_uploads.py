@@ -34,7 +34,7 @@ def test_every_message_and_number_is_a_part_and_blobs_are_none() -> None:
     assert counted(message.SerializeToString()) == 3 + 2 + 3
     # What the official clients send most of in one body is far below the limit.
     message = pb.ForwardBackwardRequest(data=[datum([1] * 100)] * 1024)
-    assert counted(message.SerializeToString()) < readings.MAX_PARTS / 10
+    assert counted(message.SerializeToString()) < readings.MAX_PARTS / 50
 
 
 @given(st.binary(max_size=300))
@@ -57,7 +57,7 @@ def test_json_of_many_parts_or_numbers_is_refused_and_a_long_text_is_not() -> No
         readings.check_json(b"[" + b"1," * 5_000_000 + b"1]")
     for part in (b"[],", b"{},", b'"",'):
         with pytest.raises(InvalidInput, match="parts"):
-            readings.check_json(b"[" + part * 500_000 + b"1]")
+            readings.check_json(b"[" + part * 1_500_000 + b"1]")
 
 
 # -- the process that reads them -------------------------------------------------------------------------

@@ -108,9 +108,10 @@ def test_a_group_computes_what_one_process_computes(
 
 
 def allowed(scenario: str, name: str) -> float:
-    """AdamW divides by the root of the second moment: where a gradient is nearly zero its rounding weighs more. Muon's
-    iteration multiplies small singular values, rounding included, and the scenario looks behind its second step."""
-    return 1e-5 if "weights" in name or scenario == "muon" else 1e-6
+    """AdamW divides by the root of the second moment: where a gradient is nearly zero its rounding weighs more, and the
+    next gradients are those of other weights. Muon's iteration multiplies small singular values, rounding included, and
+    the scenario looks behind its second step."""
+    return 1e-5 if "weights" in name or scenario in ("muon", "optimizer") else 1e-6
 
 
 @pytest.mark.parametrize("parallel, ranks", GROUPS)

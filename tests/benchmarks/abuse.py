@@ -3,7 +3,8 @@
 `make bench-abuse` (ARGS="--seconds 20 --rounds 3 --connections 4"). A service whose engine computes nothing; two
 tenants send a forward_backward of 16 datums of 512 tokens each every 50 ms. In every other window a third sends
 bodies of 64 MiB of nothing but empty parts, 100 MB of no message at all, deep JSON, compressed bombs and half bodies,
-on several connections, each as soon as the last was refused.
+on several connections, each as soon as the last was refused. It runs at the lowest priority: it stands for another
+machine, and takes this one's processors all the same.
 """
 
 import argparse

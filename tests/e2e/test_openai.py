@@ -453,12 +453,17 @@ def test_a_stream_whose_workers_are_killed_goes_on_where_it_was(alone: RunningSe
 def test_a_client_that_hangs_up_gives_its_samples_up(service: Service, stream: bool) -> None:
     before = cancelled(service)
     body = {**LASTING, "prompt": [[5, 6], [7, 8]], "max_tokens": 4000, "stream": stream}
-    headers = {"authorization": f"Bearer {service.key}"}
-    with httpx.Client(headers=headers, timeout=3) as http:  # by then it was accepted
-        if stream:
-            with http.stream("POST", f"{service.url}/v1/completions", json=body) as events:
-                next(events.iter_lines())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.post(f"{service.url}/v1/completions", json=body)
+
+    async def hang_up() -> None:
+        headers = {"authorization": f"Bearer {service.key}"}
+        async with httpx.AsyncClient(headers=headers, base_url=service.url) as http:
+            if stream:
+                async with http.stream("POST", "/v1/completions", json=body) as events:
+                    await anext(events.aiter_lines())
+            else:
+                call = asyncio.create_task(http.post("/v1/completions", json=body))
+                assert await asyncio.to_thread(comes_true, lambda: queued(service) == 2)
+                call.cancel()
+
+    asyncio.run(hang_up())
     assert comes_true(lambda: cancelled(service) == before + 2)

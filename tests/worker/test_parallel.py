@@ -182,9 +182,28 @@ def test_deepspeed_does_not_cut_a_mixture_and_says_so(mixture: Path) -> None:
         read_zero(mixture, nobody, dtype=torch.float32)
 
 
+needs_libaio = pytest.mark.skipif(
+    not AsyncIOBuilder().is_compatible(), reason="needs libaio's headers and a C++ compiler"
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-@pytest.mark.skipif(not AsyncIOBuilder().is_compatible(), reason="needs libaio's headers and a C++ compiler")
+@needs_libaio
+def test_what_a_killed_process_left_does_not_stop_the_compiling(tmp_path: Path) -> None:
+    load = "from tinsmith_worker.parallel import zero; print(zero.load_disk_access())"
+    subprocess.run([sys.executable, "-c", load], check=True)  # minutes, once on a machine
+    cached = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    places = [*cached.glob(f"tinsmith-*{torch.__version__}/*/")]
+    assert len(places) >= 2
+    for place in places:
+        (place / "lock").touch()
+    subprocess.run([sys.executable, "-c", load], check=True, timeout=100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@needs_libaio
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_base_on_a_disk_is_trained_and_sampled(ranks: int, wide: Path, group: RunGroup) -> None:
     out = group("deepspeed disk", ranks, of=wide)

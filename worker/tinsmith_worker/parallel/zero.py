@@ -12,6 +12,7 @@ import fcntl
 import functools
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ from tinsmith.errors import InvalidInput
 from tinsmith_worker.experts import is_mixture
 from tinsmith_worker.model import decoder_layers
 from tinsmith_worker.parallel.group import Group
-
-log = logging.getLogger("tinsmith.worker")
 
 # How many layers' weights may be there in full: of the one that runs, and of the one that comes next.
 _LAYERS_AT_ONCE = 2
@@ -50,7 +49,7 @@ class Parts:
         self._deepspeed = _deepspeed(group)
         self._settings = _settings(model.dtype, "nvme" if folder else "cpu" if offload else "none")
         if folder:
-            _check_disk_access()
+            load_disk_access()
             largest = max(linear.weight.numel() for linear in self._linears.values())
             of_zero = self._settings["zero_optimization"]
             of_zero["offload_param"] |= {
@@ -159,18 +158,39 @@ def _settings(dtype: torch.dtype, device: str) -> dict[str, Any]:
     }
 
 
-def _check_disk_access() -> None:
+def load_disk_access() -> None:
+    """What DeepSpeed reads disks with, compiled once on a machine. ValueError where it cannot be."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if not AsyncIOBuilder().is_compatible():
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible():
         raise ValueError(
             "to keep a base on disks DeepSpeed needs libaio's headers and a C++ compiler "
             "(Debian, Ubuntu: apt install libaio-dev g++)"
         )
-    compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
-    for lock in compiled.rglob("lock"):
-        # PyTorch waits for it as long as it is there, and says nothing.
-        log.warning("waiting for %s; if nobody is compiling any more, remove it", lock)
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    # Of Tinsmith alone, so that a lock in it is somebody's who holds it too, or of one that was killed.
+    place = cache / f"tinsmith-{sys.implementation.cache_tag}-torch{torch.__version__}"
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "compiling", "w") as compiling, _environment(TORCH_EXTENSIONS_DIR=str(place)):
+        fcntl.flock(compiling, fcntl.LOCK_EX)
+        for left in place.rglob("lock"):
+            left.unlink()  # PyTorch would wait for it for ever
+        builder.load()
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def own_place(folder: str | Path, rank: int) -> str:

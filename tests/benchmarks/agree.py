@@ -3,21 +3,23 @@
     make bench-agree                                         # this machine's tables
     PYTHONPATH=client:api:worker python3 tests/benchmarks/agree.py --parts trained,exact --to run.json
 
-`trained` needs the built-in base, whose weights were trained; the others take the base of bench-sample. Otherwise as
+`trained` and `truth` need the built-in base, whose weights were trained; the others take the base of bench-sample. Otherwise as
 bench-sample.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import numpy as np
 import sample
 import torch
 from sample import DTYPE, ON_GPU, PROMPT, Row, Rows, engine, prompts, requests, run, sampler, seconds_of
 from train import DEVICE, batch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from tinsmith_worker import tiny_base
 from tinsmith_worker.contract import LoraSpec, SampleInput, SampleOutput, Work
@@ -53,18 +55,26 @@ def difference(found: np.ndarray, expected: np.ndarray) -> Row:
     return {
         "mean |delta|": float(np.abs(delta).mean()),
         "largest |delta|": float(np.abs(delta).max()),
+        "above 1e-5": int((np.abs(delta) > 1e-5).sum()),
         "KL": float((np.exp(-delta) - 1 + delta).mean()),
     }
 
 
-def trained(_: Row) -> Rows:
-    """The built-in base, which was trained, on prompts of tasks it knows; alone, and with an adapter."""
+def questions(of_each: int) -> list[np.ndarray]:
+    """Prompts of the tasks that the built-in base was trained on."""
     words = AutoTokenizer.from_pretrained(tiny_base.FOLDER)
     random = Random("agreement")
-    examples = [tasks.held_out(name, random) for name in tasks.TASKS for _ in range(8)]
-    asked_of = [
-        words(text.chat(made.turns[:-1], made.tools)).input_ids for made in examples if made.turns[0][0]
+    examples = [tasks.held_out(name, random) for name in tasks.TASKS for _ in range(of_each)]
+    return [
+        np.array(words(text.chat(made.turns[:-1], made.tools)).input_ids, np.int32)
+        for made in examples
+        if made.turns[0][0]
     ]
+
+
+def trained(_: Row) -> Rows:
+    """The built-in base, which was trained, on prompts of tasks it knows; alone, and with an adapter."""
+    asked_of = questions(8)
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(tiny_base.FOLDER, dtype=dtype).to(DEVICE)
         made = TorchEngine(Base(model), EngineSettings(max_tokens_per_pass=8192))
@@ -79,8 +89,8 @@ def trained(_: Row) -> Rows:
             one = TorchSampler(made.base, settings=SamplerSettings(cache_bytes=1 << 29))
             one.hold("same", state)
             asked = [
-                SampleInput(str(n), "same" if spread else "", np.array(ids, np.int32), 4, 128, seed=n)
-                for n, ids in enumerate(asked_of)
+                SampleInput(str(n), "same" if spread else "", prompt, 4, 128, seed=n)
+                for n, prompt in enumerate(asked_of)
             ]
             found, expected = compared(made, asked, run(asked, one))
             yield {
@@ -88,6 +98,64 @@ def trained(_: Row) -> Rows:
                 "mean entropy": float(-expected.mean()),
                 **difference(found, expected),
             }
+
+
+def truth(_: Row) -> Rows:
+    """In float32, the built-in base and a deep random one against transformers in float64: what each says of
+    the same tokens, and how far the trainer is from itself when sequences share its passes."""
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 28, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 4096, "initializer_range": 0.08}
+    random = np.random.default_rng(0)
+    lengths = random.integers(16, 48, 64)
+    for name, model, asked_of in (
+        ("the built-in base", AutoModelForCausalLM.from_pretrained(tiny_base.FOLDER, dtype=torch.float32), questions(4)),
+        ("28 random layers of 128", Qwen3ForCausalLM(Qwen3Config(**shape)), [random.integers(0, 4096, n).astype(np.int32) for n in lengths]),
+    ):  # fmt: skip
+        exact = copy.deepcopy(model).to(DEVICE).double().eval()
+        plain = copy.deepcopy(model).to(DEVICE).eval()
+        made = TorchEngine(Base(model.to(DEVICE)), EngineSettings(max_tokens_per_pass=8192))
+        made.create("run", LoraSpec(8, 0))
+        one = TorchSampler(made.base, settings=SamplerSettings(cache_bytes=1 << 29))
+        asked = [SampleInput(str(n), "", p, 1, 64, seed=n, stop_tokens=()) for n, p in enumerate(asked_of)]
+        found = run(asked, one)
+        sampled, alone = compared(made, asked, found)
+        texts = [(a.prompt, found[a.request_id].sequences[0].tokens) for a in asked]
+        said = {
+            "the sampler": sampled,
+            "the trainer, each alone": alone,
+            "the trainer, all packed": forward_of_all(made, texts),
+            "transformers": by_transformers(plain, texts),
+        }
+        true = by_transformers(exact, texts)
+        yield {
+            "work": f"{name}, float32: {len(true)} tokens",
+            "against float64": {who: difference(what, true) for who, what in said.items()},
+            "sampler against trainer": difference(sampled, alone),
+            "the trainer packed against each alone": difference(said["the trainer, all packed"], alone),
+        }
+
+
+def forward_of_all(made: TorchEngine, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    wholes = [np.concatenate(text) for text in texts]
+    given = replace(
+        batch([len(whole) - 1 for whole in wholes], 4000, 0),
+        forward_only=True,
+        tokens_T=np.concatenate([whole[:-1] for whole in wholes]),
+        targets_TK=np.concatenate([whole[1:] for whole in wholes])[:, None].astype(np.int64),
+    )
+    said = made.forward_backward([Work("run", given)])[0].logprobs_TK[:, 0]
+    ends = np.cumsum([len(whole) - 1 for whole in wholes])
+    return np.concatenate([said[end - len(t) : end] for end, (_, t) in zip(ends, texts, strict=True)])
+
+
+def by_transformers(model: Any, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    found = []
+    for prompt, tokens in texts:
+        ids = torch.from_numpy(np.concatenate([prompt, tokens]).astype(np.int64)).to(DEVICE)
+        with torch.no_grad():
+            logprobs_TV = model(input_ids=ids[None, :-1]).logits[0].double().log_softmax(-1)
+        found.append(logprobs_TV.gather(1, ids[1:, None])[len(prompt) - 1 :, 0].cpu().numpy())
+    return np.concatenate(found)
 
 
 def random_base(_: Row) -> Rows:
@@ -157,7 +225,7 @@ def exact(_: Row) -> Rows:
     }
 
 
-PARTS = {"trained": trained, "random": random_base, "exact": exact}
+PARTS = {"trained": trained, "truth": truth, "random": random_base, "exact": exact}
 
 if __name__ == "__main__":
     # Those of bench-sample may be asked for along with them: the base is made once.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.lora import accumulate, triton_kernels
@@ -20,6 +19,9 @@ from tinsmith_worker.stream import Segment
 _CHUNK_LOGITS = 1 << 28
 # With more targets per row, the kernel that looks for them in every column would be slower than scattering.
 _MOST_TARGETS = 32
+# Stretches of the inputs whose float32 products are summed: with 5 of 64, logprobs of the built-in base are
+# off by a quarter of what they are with one.
+_LEAST_STRETCH, _MOST_STRETCHES = 64, 8
 
 SlopeOf = Callable[[slice, torch.Tensor], torch.Tensor]
 
@@ -72,10 +74,11 @@ class Head:
             for rows in self._chunks(hidden_ND):
                 acting = _within(segments, rows)
                 logits_NV, shrunk = self._logits(hidden_ND[rows], acting)
-                logits_NV, logprobs_NK, sums_N = self._logprobs(logits_NV, targets_NK[rows])
-                slope_NK = slope_of(rows, logprobs_NK)
-                dlogits_NV = self._dlogits(logits_NV, sums_N, targets_NK[rows], slope_NK)
+                made_NV, logprobs_NK, sums_N = self._logprobs(logits_NV, targets_NK[rows])
                 del logits_NV
+                slope_NK = slope_of(rows, logprobs_NK)
+                dlogits_NV = self._dlogits(made_NV, sums_N, targets_NK[rows], slope_NK)
+                del made_NV
                 torch.mm(dlogits_NV, self._weight_VD, out=gradient_ND[rows])
                 for segment, shrunk_NR in zip(acting, shrunk, strict=True):
                     of = slice(segment.start, segment.stop)
@@ -106,12 +109,16 @@ class Head:
 
     def _logprobs(
         self, logits_NV: torch.Tensor, targets_NK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The logits, log p of every target [N, K], and the log of the sum of exp [N]: None if the logits are
-        log p of everything now."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `_dlogits` wants back, log p of every target [N, K], and what sums [N] it also wants. In plain
+        torch the logits become exp of what they are without their maximum, else they stay."""
         if self._kernels is None:
-            all_NV = F.log_softmax(logits_NV, 1)
-            return all_NV, all_NV.gather(1, targets_NK), None
+            # In place: memory that is new costs more than all the rest. log_softmax takes some, and is off by
+            # as much again as the logits.
+            logits_NV -= logits_NV.amax(1, keepdim=True)
+            chosen_NK = logits_NV.gather(1, targets_NK)
+            sums_N = logits_NV.exp_().sum(1)
+            return logits_NV, chosen_NK.sub_(sums_N.log()[:, None]), sums_N
         rows, vocabulary = logits_NV.shape
         sums_N = logits_NV.new_empty(rows)
         self._kernels.log_sums[(rows,)](logits_NV, sums_N, vocabulary, BLOCK=4096, num_warps=8)
@@ -119,26 +126,28 @@ class Head:
 
     def _dlogits(
         self,
-        logits_NV: torch.Tensor,
-        sums_N: torch.Tensor | None,
+        made_NV: torch.Tensor,
+        sums_N: torch.Tensor,
         targets_NK: torch.Tensor,
         slope_NK: torch.Tensor,
     ) -> torch.Tensor:
         """dL/dlogits = onehot(target) * slope - softmax * sum of slopes, in the base's dtype."""
-        (rows, vocabulary), width = logits_NV.shape, slope_NK.shape[1]
-        if sums_N is not None and width <= _MOST_TARGETS:
-            dlogits_NV = torch.empty_like(logits_NV, dtype=self._weight_VD.dtype)
+        (rows, vocabulary), width = made_NV.shape, slope_NK.shape[1]
+        if self._kernels is not None and width <= _MOST_TARGETS:
+            dlogits_NV = torch.empty_like(made_NV, dtype=self._weight_VD.dtype)
             self._kernels.logit_slopes[(rows, -(-vocabulary // 4096))](
-                logits_NV, sums_N, targets_NK.contiguous(), slope_NK.contiguous(), dlogits_NV,
+                made_NV, sums_N, targets_NK.contiguous(), slope_NK.contiguous(), dlogits_NV,
                 vocabulary, width, BLOCK=4096, num_warps=8,
             )  # fmt: skip
             return dlogits_NV
-        if sums_N is not None:
-            logits_NV -= sums_N[:, None]
-        logits_NV.exp_().mul_(-slope_NK.sum(1, keepdim=True))
+        total_N = slope_NK.sum(1)
+        if self._kernels is not None:
+            made_NV.sub_(sums_N[:, None]).exp_().mul_(-total_N[:, None])
+        else:
+            made_NV.mul_((-total_N / sums_N)[:, None])
         for k in range(width):  # one column at a time: a row may name a target twice
-            logits_NV.scatter_add_(1, targets_NK[:, k : k + 1], slope_NK[:, k : k + 1])
-        return logits_NV.to(self._weight_VD.dtype)
+            made_NV.scatter_add_(1, targets_NK[:, k : k + 1], slope_NK[:, k : k + 1])
+        return made_NV.to(self._weight_VD.dtype)
 
     def _backward_adapter(
         self,
@@ -172,7 +181,18 @@ def _within(segments: Sequence[Segment], rows: slice) -> list[Segment]:
 
 
 def _mm_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The product as float32; but for CUDA, a half-precision one has been rounded to that first."""
-    if left.is_cuda and left.dtype != torch.float32:
+    """The product as float32; but for CUDA, a half-precision one has been rounded to that first.
+
+    A float32 one is the sum of several, each of a stretch of the inputs: a trained model's logits are tens,
+    and a sum that has become so large rounds whatever else is added to it.
+    """
+    if left.dtype == torch.float32:
+        stretch = max(_LEAST_STRETCH, -(-left.shape[1] // _MOST_STRETCHES))
+        first, *others = zip(left.split(stretch, 1), right.split(stretch), strict=True)
+        total = torch.mm(*first)
+        for part in others:
+            total.addmm_(*part)
+        return total
+    if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right).float()

@@ -11,7 +11,7 @@ import torch
 
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import SampledPiece, SampledSequence, SampleInput, SampleOutput, TopK
-from tinsmith_worker.sampler.distribution import COLDEST, PROMPT_STREAM, draw, random_stream
+from tinsmith_worker.sampler.distribution import COLDEST, PROMPT_STREAM, draw, plain_logprobs, random_stream
 from tinsmith_worker.sampler.stops import StopRule
 
 EMPTY_TOKEN, EMPTY_LOGPROB = 0, -99999.0
@@ -198,7 +198,7 @@ class PromptScores:
 
     def take(self, first_row: int, logits_NV: torch.Tensor) -> None:
         """Score positions from first_row + 1 on by the plain model's `logits_NV`. Waits for the device."""
-        logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+        logprobs_NV = plain_logprobs(logits_NV)
         rows = slice(first_row, first_row + len(logits_NV))
         positions = slice(rows.start + 1, rows.stop + 1)
         covered = slice(max(positions.start, self._first), positions.stop)

@@ -261,6 +261,31 @@ def turns(_: Row) -> Rows:
                 "times generate": {"median": float(np.median(times)), "from": times[0], "to": times[-1]},
             }
             yield {}
+    # What nothing but a faster product could take less than.
+    least = products(64 * PROMPT, 64) + (tokens - 1) * products(64, 64)
+    row["products with the weights alone"] = {
+        "ms": least * 1e3,
+        "generate, ms": 64 * tokens / row["generate"]["tokens/s"] * 1e3,
+        "sampler, ms": 64 * tokens / row["sampler"]["tokens/s"] * 1e3,
+    }
+    yield {}
+
+
+def products(rows: int, heads: int) -> float:
+    """Seconds of a pass's products: of so many rows with every weight, of `heads` with the output
+    embedding."""
+    base = engine().base
+    weights = [group.weight for group in base._groups]
+    given = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in [*weights, base.head._weight_VD]}
+    states = given[base.head._weight_VD.shape[1]][:heads]
+
+    def work() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(given[weight.shape[1]], weight)
+        base.head.logits(states, None)
+
+    with torch.inference_mode():
+        return seconds_of(work, 20)
 
 
 def continuous(_: Row) -> Rows:

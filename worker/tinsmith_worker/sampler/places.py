@@ -199,9 +199,11 @@ class Places:
     def extend(self, continuation: Continuation) -> bool:
         """Room for the keys and values of its last token. False if there is none."""
         missing = self.pages.needed(continuation.length) - len(continuation.pages)
+        if missing <= 0:
+            return True
         if missing > self.pages.available:
             return False
-        continuation.pages += self.pages.take(max(0, missing))
+        continuation.pages += self.pages.take(missing)
         return True
 
     def step_back(self) -> Continuation:

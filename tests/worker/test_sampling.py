@@ -19,6 +19,7 @@ from tinsmith_worker.contract import (
     SampledSequence,
     SampleInput,
     SampleOutput,
+    TopK,
 )
 from tinsmith_worker.intake import Intake, SampleArrived, WeightsRead
 from tinsmith_worker.outbox import Outbox
@@ -177,6 +178,27 @@ def test_tokens_that_nobody_takes_keep_nobody_waiting_and_are_left_out() -> None
     assert (word, to, request_id) == ("piece", "api", "r")
     (piece,) = pb.SampledPieces.FromString(base64.b64decode(message)).pieces
     assert (piece.start, piece.sequence.tokens, piece.ends) == (0, token.tokens.tobytes(), False)
+
+
+def test_no_line_of_tokens_is_longer_than_who_reads_it_takes() -> None:
+    """While a worker trains, seconds of what another process samples gather."""
+    sent: list[tuple[str, ...]] = []
+    streaming = Streaming(lambda *words: sent.append(words))
+    token = SampledSequence(
+        np.full(1, 7, np.int32),
+        np.zeros(1, np.float32),
+        stopped=False,
+        topk=TopK(np.zeros((1, 20), np.int32), np.zeros((1, 20), np.float32)),
+    )
+    many = [SampledPiece("r", n % 128, n // 128, token, ends=False) for n in range(128 * 64)]
+    streaming.send("api", "r", many)
+    deadline = time.monotonic() + 10
+    found: list[pb.SampledPiece] = []
+    while len(found) < len(many) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        found = [p for w in list(sent) for p in pb.SampledPieces.FromString(base64.b64decode(w[3])).pieces]
+    assert [(p.index, p.start) for p in found] == [(p.index, p.start) for p in many]
+    assert max(len(words[3]) for words in sent) <= 1 << 17
 
 
 def test_a_thousand_requests_of_one_tenant_do_not_double_another_s_wait() -> None:

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class StandIn:
         self.was_left = threading.Event()
         self.reasons: list[str] = []
         self.holds_back = False
+        self.ends_early = False
         app = FastAPI()
 
         @app.post("/v1/{call}")
@@ -58,7 +61,10 @@ class StandIn:
                     return Response()
                 await asyncio.sleep(0.01)
             if body.get("stream"):
-                return StreamingResponse(map(event, parts(answer(body))), media_type="text/event-stream")
+                told = list(map(event, parts(answer(body))))
+                return StreamingResponse(
+                    iter(told[:1] if self.ends_early else told), media_type="text/event-stream"
+                )
             return Response(json.dumps(answer(body)) if call == "completions" else "done")
 
         self.server = uvicorn.Server(uvicorn.Config(app, uds=str(self.socket), log_level="warning"))
@@ -82,7 +88,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
     choice = {
         "token_ids": tokens,
         "logprobs": {"token_logprobs": [-0.25] * len(tokens), "top_logprobs": [top] * len(tokens)},
-        "finish_reason": "stop" if body["stop"] else "length",
+        "finish_reason": "abort" if body["stop"] == ["abort"] else "stop" if body["stop"] else "length",
         "prompt_logprobs": [
             None,
             *({str(t): {"logprob": -float(t)}, "3": {"logprob": -3.0}} for t in body["prompt"][1:]),
@@ -132,9 +138,15 @@ def finish(sampler: VllmSampler, given: SampleInput) -> tuple[VllmSampler, list[
     is_busy = threading.Event()
     sampler.notify(is_busy.set)
     sampler.add(given)
-    assert is_busy.wait(10)
-    assert sampler.busy
-    return sampler, sampler.step()
+    finished: list[Any] = []
+    while not finished:
+        assert is_busy.wait(10)
+        is_busy.clear()
+        finished = sampler.step()
+        if not given.is_streamed:
+            assert finished
+        sampler.pieces()
+    return sampler, finished
 
 
 def test_every_option_is_said_in_vllm_s_words(vllm: StandIn) -> None:
@@ -269,13 +281,77 @@ def test_what_vllm_refuses_fails_that_request_with_its_sentence(
     assert isinstance(failure, Failure)
     assert (failure.category, "no such luck" in failure.message) == (category, True)
     sampler = VllmSampler(vllm, [1])
-    sampler.hold("t/a", ADAPTER)
-    _, (failed,) = finish(sampler, request(sampler_id="t/a"))
-    assert "vLLM does not take this adapter: no such luck" in failed[1].message
+    if category == "user":  # else it is tried again
+        sampler.hold("t/a", ADAPTER)
+        _, (failed,) = finish(sampler, request(sampler_id="t/a"))
+        assert failed[1] == Failure("vLLM does not take this adapter: no such luck")
     full = AdapterState(LoraSpec(0, 1, method="full"), (), np.zeros(0, np.float32))
     sampler.hold("t/full", full)
     _, (failed,) = finish(sampler, request(sampler_id="t/full"))
     assert "all weights" in failed[1].message
+
+
+def test_who_gives_up_while_weights_are_loaded_leaves_them_to_the_others(vllm: StandIn) -> None:
+    vllm.holds_back = True
+    sampler = VllmSampler(vllm, [1])
+    sampler.hold("t/a", ADAPTER)
+    sampler.add(replace(request(sampler_id="t/a"), request_id="gives up"))
+    wait_until(lambda: bool(vllm.asked), 10)
+    sampler.cancel("gives up")
+    time.sleep(0.1)
+    vllm.holds_back = False
+    _, (found,) = finish(sampler, request(sampler_id="t/a"))
+    assert isinstance(found, SampleOutput), found
+
+
+def test_weights_that_are_let_go_and_wanted_again_at_once_are_there(vllm: StandIn) -> None:
+    sampler = VllmSampler(vllm, [1])
+    sampler.hold("t/a", ADAPTER)
+    finish(sampler, request(sampler_id="t/a"))
+    vllm.holds_back = True
+    sampler.release("t/a")
+    wait_until(lambda: vllm.asked[-1][0] == "unload_lora_adapter", 10)
+    sampler.hold("t/a", ADAPTER)
+    sampler.add(request(sampler_id="t/a"))
+    time.sleep(0.1)
+    vllm.holds_back = False
+    wait_until(lambda: sampler.busy, 10)
+    (found,) = sampler.step()
+    assert isinstance(found, SampleOutput), found
+    first, second = [body for call, body in vllm.asked if call == "load_lora_adapter"]
+    wait_until(lambda: not Path(first["lora_path"]).exists(), 10)
+    assert Path(second["lora_path"]).exists()
+    assert first["lora_name"] != second["lora_name"]
+
+
+def test_weights_that_could_not_be_loaded_are_tried_again(vllm: StandIn) -> None:
+    sampler = VllmSampler(vllm, [1])
+    vllm.status = 500
+    sampler.hold("t/a", ADAPTER)
+    wait_until(lambda: not sampler.holds("t/a"), 10)
+    with pytest.raises(RuntimeError, match="could not be loaded just now"):
+        sampler.add(request(sampler_id="t/a"))
+    vllm.status = 200
+    sampler.hold("t/a", ADAPTER)
+    _, (found,) = finish(sampler, request(sampler_id="t/a"))
+    assert isinstance(found, SampleOutput), found
+
+
+@pytest.mark.parametrize("how", ["streamed", "as a whole"])
+def test_what_vllm_breaks_off_is_no_sample(vllm: StandIn, how: str) -> None:
+    vllm.ends_early = True
+    is_streamed = how == "streamed"
+    failure = sample(vllm, is_streamed=is_streamed, stop_strings=() if is_streamed else ("abort",))
+    assert isinstance(failure, Failure), failure
+    assert (failure.category, "broke off" in failure.message) == ("server", True)
+
+
+def test_no_connection_is_used_twice(vllm: StandIn) -> None:
+    """vLLM ends those that were idle for some seconds; one that is used in that moment is a lost sample, and
+    that the end of the worker."""
+    sample(vllm)
+    connections = vllm.server.server_state.connections
+    wait_until(lambda: not connections, 2)
 
 
 def test_who_gives_up_is_not_waited_for(vllm: StandIn) -> None:
@@ -349,7 +425,8 @@ def test_vllm_is_started_with_what_it_needs_and_none_of_our_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = f"mark-{os.getpid()}-started"
-    monkeypatch.setenv("TINSMITH_DATABASE", "secret")
+    for secret in ("TINSMITH_DATABASE", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(secret, "secret")
     vllm = program(tmp_path, mark)
     server = Watched(f"{vllm} --max-loras=2 --dtype float32", "/models/x", max_context_length=77)
     words, environment = json.loads((tmp_path / "told").read_text())
@@ -361,7 +438,7 @@ def test_vllm_is_started_with_what_it_needs_and_none_of_our_secrets(
     assert "--max-loras" not in given, "the operator said it"
     assert "--enable-lora" in words
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in environment
-    assert not {"TINSMITH_DATABASE", "PYTHONPATH"} & set(environment)
+    assert not {"TINSMITH_DATABASE", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH"} & set(environment)
     server.close()
     assert not hasattr(server, "reason")
     wait_until(lambda: not marked(mark), 20)
@@ -380,6 +457,18 @@ def test_a_worker_hears_of_vllm_s_end_and_nothing_of_it_is_left(tmp_path: Path, 
     wait_until(lambda: hasattr(server, "reason"), 20)
     assert "ended with status" in server.reason
     wait_until(lambda: not marked(mark) and not is_alive(process), 20)
+
+
+def test_a_vllm_that_does_not_answer_any_more_is_lost(tmp_path: Path) -> None:
+    mark = f"mark-{os.getpid()}-hangs"
+    server = Watched(str(program(tmp_path, mark)), "/models/x", max_context_length=77, patience_seconds=0.5)
+    time.sleep(1.5)
+    assert not hasattr(server, "reason"), "it answers"
+    os.kill(int((server.folder / "process").read_text()), signal.SIGSTOP)
+    wait_until(lambda: hasattr(server, "reason"), 20)
+    assert "does not answer" in server.reason
+    server.close()
+    wait_until(lambda: not marked(mark), 20)
 
 
 def is_alive(pid: int) -> bool:

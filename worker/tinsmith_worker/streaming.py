@@ -7,13 +7,15 @@ nobody ever waits for a reader either; what there is no room for is left out.
 import base64
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_worker import answers
 from tinsmith_worker.contract import SampledPiece
 
 _MESSAGES_AT_MOST = 1024
+# Of one message: the API reads lines of a MiB at most, and has a quarter of that for one reader.
+_MESSAGE_BYTES = 32 << 10
 
 
 class Streaming:
@@ -35,5 +37,16 @@ class Streaming:
     def _run(self) -> None:
         while True:
             to, request_id, pieces = self._waiting.get()
-            message = pb.SampledPieces(pieces=map(answers.piece, pieces))
-            self._send("piece", to, request_id, base64.b64encode(message.SerializeToString()).decode())
+            for message in _messages(map(answers.piece, pieces)):
+                self._send("piece", to, request_id, base64.b64encode(message.SerializeToString()).decode())
+
+
+def _messages(pieces: Iterable[pb.SampledPiece]) -> Iterator[pb.SampledPieces]:
+    message, size = pb.SampledPieces(), 0
+    for piece in pieces:
+        if size and size + piece.ByteSize() > _MESSAGE_BYTES:
+            yield message
+            message, size = pb.SampledPieces(), 0
+        message.pieces.append(piece)
+        size += piece.ByteSize()
+    yield message

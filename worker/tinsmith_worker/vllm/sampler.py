@@ -2,7 +2,7 @@
 beside the engine's."""
 
 import asyncio
-import hashlib
+import itertools
 import json
 import queue
 import shutil
@@ -32,19 +32,22 @@ _Finished = SampleOutput | tuple[str, Failure]
 
 class VllmSampler:
     """Adapters are given to vLLM as PEFT's files, under a name that none had before and none will have again:
-    a name of the weights, and not of the checkpoint."""
+    a name of this loading of them, and not of the checkpoint."""
 
     def __init__(self, server: Server, end_tokens: Sequence[int]) -> None:
         self._server = server
         self._end_tokens = end_tokens
         self._notify: Callable[[], None] = lambda: None
         self._held: dict[str, Future[str]] = {}  # the name it is called by, once it is loaded
+        self._names = map("adapter-{}".format, itertools.count())
         self._under_way: dict[str, Future[None]] = {}
         self._finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[SampledPiece] = queue.SimpleQueue()
         self._http = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(
-                uds=str(server.socket), limits=httpx.Limits(max_connections=None)
+                # Of connections none is used twice: vLLM may be closing one that was idle.
+                uds=str(server.socket),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             ),
             base_url="http://vllm",
             timeout=None,  # noqa: S113 - a sample takes as long as it takes; vLLM's end is heard of
@@ -63,7 +66,14 @@ class VllmSampler:
 
     def hold(self, sampler_id: str, weights: Any) -> None:
         if sampler_id not in self._held and isinstance(weights, AdapterState):  # else they come as files
-            self._held[sampler_id] = self._begin(self._load(sampler_id, weights))
+            loading = self._held[sampler_id] = self._begin(self._load(next(self._names), weights))
+            loading.add_done_callback(lambda loaded: self._forget_if_failed(sampler_id, loaded))
+
+    def _forget_if_failed(self, sampler_id: str, loaded: "Future[str]") -> None:
+        """Whoever asks for it next has it read again, unless it is the adapter that is at fault."""
+        may_be_well = loaded.cancelled() or not isinstance(loaded.exception(), InvalidInput | None)
+        if may_be_well and self._held.get(sampler_id) is loaded:
+            self._held.pop(sampler_id, None)
 
     def holds(self, sampler_id: str) -> bool:
         return sampler_id in self._held
@@ -72,28 +82,32 @@ class VllmSampler:
         if (loaded := self._held.pop(sampler_id, None)) is not None:
             self._begin(self._unload(loaded))
 
-    async def _load(self, sampler_id: str, weights: AdapterState) -> str:
+    async def _load(self, name: str, weights: AdapterState) -> str:
         if weights.spec.method != "lora":
             raise InvalidInput("vLLM samples adapters here, and these are all weights of a model")
-        name = hashlib.sha256(sampler_id.encode()).hexdigest()[:32]
         folder = self._server.folder / name
-        await asyncio.to_thread(_write, folder, weights)
-        answer = await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        if answer.status_code != 200:
-            shutil.rmtree(folder)
-            raise InvalidInput(f"vLLM does not take this adapter: {_said(answer)}")
+        try:
+            await asyncio.to_thread(_write, folder, weights)
+            answer = await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+            _check(answer, "vLLM does not take this adapter")
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            raise
         return name
 
     async def _unload(self, loaded: "Future[str]") -> None:
         name = await asyncio.wrap_future(loaded)
         await self._post("/v1/unload_lora_adapter", {"lora_name": name})
-        await asyncio.to_thread(shutil.rmtree, self._server.folder / name)
+        await asyncio.to_thread(shutil.rmtree, self._server.folder / name, ignore_errors=True)
 
     # -- samples
 
     def add(self, given: SampleInput) -> None:
         wire.check(given)
-        self._under_way[given.request_id] = self._begin(self._sample(given))
+        loaded = self._held.get(given.sampler_id)
+        if given.sampler_id and loaded is None:
+            raise RuntimeError("its weights could not be loaded just now: ask again")
+        self._under_way[given.request_id] = self._begin(self._sample(given, loaded))
 
     def cancel(self, request_id: str) -> None:
         """vLLM hears that the connection ends, and stops."""
@@ -124,9 +138,10 @@ class VllmSampler:
         """Whether there is something to take up. What vLLM samples keeps nobody waiting here."""
         return not (self._finished.empty() and self._pieces.empty())
 
-    async def _sample(self, given: SampleInput) -> None:
+    async def _sample(self, given: SampleInput, loaded: "Future[str] | None") -> None:
         try:
-            model = await asyncio.wrap_future(self._held[given.sampler_id]) if given.sampler_id else BASE
+            # Others wait for the same: whoever gives up must not take it along.
+            model = BASE if loaded is None else await asyncio.shield(asyncio.wrap_future(loaded))
             body = wire.request(given, model, self._end_tokens)
             answer = await (self._stream(given, body) if given.is_streamed else self._complete(body))
             self._finish(wire.output(given, answer))
@@ -137,7 +152,7 @@ class VllmSampler:
 
     async def _complete(self, body: Json) -> Json:
         answer = await self._post("/v1/completions", body)
-        _check(answer)
+        _check(answer, "vLLM says")
         return dict(answer.json())
 
     async def _stream(self, given: SampleInput, body: Json) -> Json:
@@ -146,7 +161,7 @@ class VllmSampler:
             async with self._http.stream("POST", "/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
-                    _check(answer)
+                    _check(answer, "vLLM says")
                 async for line in answer.aiter_lines():
                     event = line.removeprefix("data: ")
                     if not event or event == "[DONE]":
@@ -183,11 +198,11 @@ def _write(folder: Path, weights: AdapterState) -> None:
         (folder / name).write_bytes(body)
 
 
-def _check(answer: httpx.Response) -> None:
+def _check(answer: httpx.Response, what: str) -> None:
     if answer.status_code >= 500:
-        raise RuntimeError(_said(answer))
+        raise RuntimeError(f"{what}: {_said(answer)}")
     if answer.status_code != 200:
-        raise InvalidInput(f"vLLM says: {_said(answer)}")
+        raise InvalidInput(f"{what}: {_said(answer)}")
 
 
 def _said(answer: httpx.Response) -> str:

@@ -23,6 +23,7 @@ MOST_SEQUENCES = 256
 MOST_ALTERNATIVES = 128
 
 _PAUSE_SECONDS = 0.2
+_PATIENCE_SECONDS = 120.0
 # Unless the operator's command says another: for each of so many at once it keeps room of this rank.
 _DEFAULTS = {"--max-lora-rank": "64", "--max-loras": "8", "--max-cpu-loras": "64"}
 
@@ -43,16 +44,20 @@ class Server(Protocol):
 
 class VllmServer:
     """Starts `vllm serve` and waits until it is ready; ValueError if it ends before. From then on this
-    process ends when it does, and it when this process does. `command`: the operator's, the program and what
-    options it is to have besides, such as "vllm --gpu-memory-utilization 0.8"."""
+    process ends when it does, or says nothing for `patience_seconds`, and it when this process does.
+    `command`: the operator's, the program and what options it is to have besides, such as
+    "vllm --gpu-memory-utilization 0.8"."""
 
-    def __init__(self, command: str, path: str, *, max_context_length: int) -> None:
+    def __init__(
+        self, command: str, path: str, *, max_context_length: int, patience_seconds: float = _PATIENCE_SECONDS
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="tinsmith-vllm-"))
         self.socket = self.folder / "socket"
         program, *options = shlex.split(command)
         words = [program, "serve", path, *options, *self._arguments(options, max_context_length)]
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every sample
         self._is_closing = False
+        self._patience_seconds = patience_seconds
         log.info("starting %s", shlex.join(words))
         guardian = [sys.executable, "-m", "tinsmith_worker.vllm.guardian", str(self.folder), *words]
         self._process = subprocess.Popen(guardian, stdin=subprocess.PIPE, env=_environment())
@@ -88,29 +93,44 @@ class VllmServer:
         return [*flags, *(word for option in own.items() for word in option)]
 
     def _wait_until_ready(self, program: str) -> None:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), timeout=5) as client:
-            while self._process.poll() is None:
-                try:
-                    if client.get("http://vllm/health").status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass  # not listening yet
-                time.sleep(_PAUSE_SECONDS)
+        while self._process.poll() is None:
+            if self._health(5) == 200:
+                return
+            time.sleep(_PAUSE_SECONDS)
         raise ValueError(
             f"{program} ended with status {self._process.returncode}: its own lines above say why"
         )
 
+    def _health(self, within_seconds: float) -> int | None:
+        """What it answers, if it does."""
+        transport = httpx.HTTPTransport(uds=str(self.socket))
+        with httpx.Client(transport=transport, timeout=within_seconds) as client:
+            try:
+                return client.get("http://vllm/health").status_code
+            except httpx.TransportError:
+                return None
+
     def _watch(self) -> None:
-        status = self._process.wait()
+        why = self._wait_for_trouble()
         if self._is_closing:
             return
-        # The guardian ended them and took the folder away, unless it was killed itself.
+        # The guardian ended them and took the folder away, unless it was killed itself, or they only hang.
         with contextlib.suppress(OSError):
             os.killpg(int((self.folder / "process").read_text()), signal.SIGKILL)
-        self.lost(f"it ended with status {status}")
+        self.lost(why)
+
+    def _wait_for_trouble(self) -> str:
+        patience, heard = self._patience_seconds, time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return f"it ended with status {self._process.wait(patience / 4)}"
+            if self._health(patience / 2) == 200:
+                heard = time.monotonic()
+            elif time.monotonic() > heard + patience:
+                return f"for {patience:g} s it does not answer that it is well"
 
 
 def _environment() -> dict[str, str]:
     """It is another program with packages of its own, and none of this service's secrets are its business."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TINSMITH_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TINSMITH_", "AWS_"))}
     return {**kept, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}

@@ -61,7 +61,10 @@ def request(given: SampleInput, model: str, end_tokens: Sequence[int]) -> Json:
 
 
 def output(given: SampleInput, answer: Json) -> SampleOutput:
+    """RuntimeError if vLLM did not sample to the end."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    if reasons := [c["finish_reason"] for c in choices if c["finish_reason"] not in ("stop", "length")]:
+        raise RuntimeError(f"it broke off ({reasons[0]}): ask again")
     details = answer["usage"].get("prompt_tokens_details") or {}
     scored = choices[0].get("prompt_logprobs")
     return SampleOutput(

@@ -73,6 +73,33 @@ def test_runs_go_to_the_least_loaded_worker_and_stay_there(store: Store, run: st
     assert holder(store, "r0") == ("w2", 1, 0)
 
 
+def test_a_worker_that_joins_is_given_what_others_have_too_many_of(store: Store, run: str) -> None:  # noqa: F811
+    ready_worker(store, "w2")
+    for number in range(5):
+        new_run(store, f"r{number}")
+        place(store, f"r{number}")
+    assert not beat(store, "w2").has_surplus, "it is alone"
+    for name, role in (("w3", "train"), ("w4", "sample")):
+        ready_worker(store, name, role=role)
+    for number in range(5):
+        if not beat(store, "w2").has_surplus:
+            break
+        assert not beat(store, "w3").has_surplus
+        lease = store.read(lambda c, n=number: leases.take(c, f"r{n}", "w2")).result()  # type: ignore[misc]
+        assert lease is not None
+        store.write(lambda c, one=lease: leases.hand_over(c, one, "m")).result()  # type: ignore[misc]
+        assert holder(store, f"r{number}") == ("w3", lease.epoch + 1, 0)
+        with pytest.raises(LeaseLost):
+            store.write(lambda c, one=lease: leases.hand_over(c, one, "m")).result()  # type: ignore[misc]
+    assert [holder(store, f"r{number}")[0] for number in range(5)] == ["w3", "w3", "w2", "w2", "w2"]
+    last = store.write(lambda c: leases.take(c, "r4", "w2")).result()
+    assert last is not None
+    store.write(lambda c: leases.hand_over(c, last, "m")).result()
+    assert holder(store, "r4")[0] == "w2", "nobody has so much less"
+    store.write(lambda c: leases.drain_worker(c, "w2")).result()
+    assert not beat(store, "w2").has_surplus
+
+
 def test_a_worker_of_one_role_is_given_nothing_else(store: Store, run: str) -> None:  # noqa: F811
     for name, role in (("w2", "train"), ("w3", "sample")):
         ready_worker(store, name, role=role)

@@ -144,6 +144,27 @@ def test_a_worker_that_is_drained_hands_over_leaves_with_0_and_nobody_notices(fl
 
 
 @pytest.mark.slow
+def test_a_worker_that_joins_takes_runs_over_and_no_number_changes(fleet: RunningFleet) -> None:
+    wire = Wire(fleet.url, fleet.key)
+    wait_until(lambda: len(fleet.ready_workers()) == 2, 60, "both workers")
+    name = _process_of(fleet, fleet.ready_workers()[0])
+    fleet.paused.add(name)
+    fleet.processes[name].terminate()
+    assert fleet.processes[name].wait(timeout=60) == 0
+    copies = [wire.run(MODEL) for _ in range(4)]  # the same weights and data
+    fleet.paused.clear()
+
+    step = 0
+    while len({_worker_of(fleet, run) for run in copies} - {"None"}) < 2 or step < 5:
+        step += 1
+        assert step < 200
+        futures = [(wire.submit(r, 2 * step - 1, datum([1, 2, 3])), wire.optim(r, 2 * step)) for r in copies]
+        losses = {wire.output(passed).metrics["loss:sum"] for passed, _ in futures}
+        assert len(losses) == 1
+        assert {wire.result(done)["metrics"]["optimizer_step"] for _, done in futures} == {step}
+
+
+@pytest.mark.slow
 def test_without_workers_clients_are_told_so_and_nothing_is_lost(fleet: RunningFleet) -> None:
     wire = Wire(fleet.url, fleet.key)
     run = wire.run(MODEL)

@@ -452,7 +452,7 @@ def test_a_stream_whose_workers_are_killed_goes_on_where_it_was(alone: RunningSe
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_gives_its_samples_up(service: Service, stream: bool) -> None:
     before = cancelled(service)
-    body = {**LASTING, "prompt": [[5, 6], [7, 8]], "max_tokens": 4000, "stream": stream}
+    body = {**LASTING, "prompt": [[5, 6], [7, 8]], "temperature": 50, "max_tokens": 4000, "stream": stream}
 
     async def hang_up() -> None:
         headers = {"authorization": f"Bearer {service.key}"}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from tests.e2e.wire import datum
 from tests.servers import wait_until
@@ -114,6 +115,46 @@ def test_an_idle_run_is_given_back_and_its_next_call_finds_it(tmp_path: Path) ->
     body = house.outcome(request_id).body
     assert body is not None
     assert b'"grad_norm": 3.0' in body
+    house.drain()
+
+
+def test_a_worker_that_has_more_than_others_hands_a_run_over_with_all_that_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    house = House(tmp_path)
+    house.start("w1")
+    names = [house.run(name) for name in "abc"]
+    for run in names:
+        house.outcome(house.train(run, 1, 1, 2, 3))
+    behind = house.step(names[0], 3)  # waits for the call before it
+
+    def holders() -> list[str | None]:
+        columns = sa.select(runs.c.worker_id).order_by(runs.c.id)
+        return [*house.journal.read(lambda c: c.execute(columns).scalars().all()).result()]
+
+    house.line.sendall(b"share\n")
+    house.outcome(house.train(names[0], 2, 1, 2))
+    assert b'"grad_norm": 5.0' in (house.outcome(behind).body or b""), "there is nobody else: read back"
+    assert holders() == ["w1"] * 3
+
+    def enter(c: sa.Connection) -> None:
+        leases.register_worker(c, "w2", "m", {})
+        leases.describe_worker(c, "w2", {"vocab_size": 7})
+
+    house.journal.write(enter).result()
+    waiting, *_ = house.step(names[0], 5), house.step(names[1], 3), house.step(names[2], 3)
+    house.line.sendall(b"share\n")
+    wait_until(lambda: holders() == ["w2", "w1", "w1"], 10, "handing one over")
+    for _ in range(3):
+        house.line.sendall(b"share\n")
+    assert b'"grad_norm": 3.0' in (house.outcome(house.step(names[2], 2)).body or b"")
+    assert holders() == ["w2", "w1", "w1"], "it has only one more"
+    house.step(names[1], 2)
+    house.drain()
+    house.train(names[0], 4, 1, 2, ring=False)
+    house.journal.write(lambda c: leases.stop_worker(c, "w2")).result()
+    house.start("w3")
+    assert b'"grad_norm": 2.0' in (house.outcome(waiting).body or b"")
     house.drain()
 
 

@@ -216,7 +216,8 @@ def test_a_base_on_a_disk_is_trained_and_sampled(ranks: int, wide: Path, group: 
         with np.load(out / f"{scenario.__name__}.npz") as found:
             assert set(found) == set(expected)
             for name, theirs in expected.items():
-                assert tiny.worst(found[name], theirs) <= 1e-6, (scenario.__name__, name)
+                # One product is a sum over 4096 of another order.
+                assert tiny.worst(found[name], theirs) <= 3e-6, (scenario.__name__, name)
 
 
 def test_an_offload_folder_belongs_to_one_worker(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """The worker process around an engine that can be told to fail. The journal and the object store are real."""
 
 import json
+import select
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -458,3 +462,24 @@ def test_a_worker_given_up_for_dead_can_take_nothing(house: House) -> None:
     house.run("a")
     house.journal.write(lambda c: leases.stop_worker(c, "w1")).result()
     assert house.journal.write(lambda c: leases.take(c, "a", "w1")).result() is None
+
+
+def test_a_worker_that_waits_hears_that_it_must_stop_whichever_thread_is_told() -> None:
+    program = (
+        "import queue, signal, threading, time; from tinsmith_worker.__main__ import when_told_to_stop\n"
+        "told = queue.SimpleQueue()\n"
+        "for _ in range(6): threading.Thread(target=time.sleep, args=(100,), daemon=True).start()\n"
+        "when_told_to_stop(lambda: told.put(None), [signal.SIGTERM])\n"
+        "while True: print(flush=True); told.get()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for _ in range(20):
+        assert select.select([process.stdout], [], [], 20)[0]
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGCONT)  # a signal that comes now is often not the main thread's
+        process.terminate()
+    process.kill()
+    process.wait()

@@ -9,8 +9,11 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,8 +84,10 @@ def main() -> None:
             samplers_held=_WHOLE_MODELS_HELD if given.single_tenant else WorkerSettings.samplers_held,
         ),
     )
-    for number in (signal.SIGTERM, signal.SIGINT) if given.channel is None else (signal.SIGTERM,):
-        signal.signal(number, lambda *_: worker.inbox.put(Drain()))
+    when_told_to_stop(
+        lambda: worker.inbox.put(Drain()),
+        [signal.SIGTERM, signal.SIGINT] if given.channel is None else [signal.SIGTERM],
+    )
     worker.run()
     engine.close()
     if followers is not None:
@@ -172,6 +177,21 @@ def _leave(*_: object) -> None:
     """Asked to stop while the base is still loading: there is nothing to hand over."""
     log.info("stopped before the base model was loaded")
     os._exit(0)
+
+
+def when_told_to_stop(stop: Callable[[], None], numbers: Sequence[signal.Signals]) -> None:
+    """Python runs its own handlers on the main thread, once that wakes up; and a signal may be another's."""
+    told, telling = socket.socketpair()
+    telling.setblocking(False)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(telling.detach())
+
+    def listen() -> None:
+        while told.recv(1):
+            stop()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def _open_objects() -> ObjectStore:

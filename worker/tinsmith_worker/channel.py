@@ -1,7 +1,7 @@
 """The line between a worker and whoever started it: names of operations one way, of results the other.
 
 The embedded form's doorbell and wake-up: a socket pair, one line a message. Parent to worker: `ring ID`,
-`drain`. Worker to parent: `ready`, `done ID`, `piece TO ID TOKENS`, `leaving`.
+`drain`, `share` (in a fleet). Worker to parent: `ready`, `done ID`, `piece TO ID TOKENS`, `leaving`.
 """
 
 import socket

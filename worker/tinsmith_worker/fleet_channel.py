@@ -130,5 +130,7 @@ class FleetChannel:
                     messages.append(["ring", request_id])
         if beat.is_draining:
             messages.append(["drain"])
+        elif beat.has_surplus:
+            messages.append(["share"])
         if messages:
             self._inbox.put(messages)

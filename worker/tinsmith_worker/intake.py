@@ -129,9 +129,15 @@ class Drain:
     pass
 
 
+@dataclass(frozen=True)
+class Share:
+    """Others of the pool have fewer runs: let one go to them."""
+
+
 _Work = queue.SimpleQueue[Callable[[], None]]
 Event = (
     Adopt
+    | Share
     | Arrived
     | Waiting
     | Snapshotted

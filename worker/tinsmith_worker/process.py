@@ -54,6 +54,7 @@ from tinsmith_worker.intake import (
     SampleArrived,
     SampleCancelled,
     Settled,
+    Share,
     Snapshotted,
     Waiting,
     WeightsRead,
@@ -105,7 +106,7 @@ class Held:
     used_at: float = field(default_factory=time.monotonic)
     leaving_at: int | None = None  # the snapshot, by its number, with which it is let go of
     is_suspect: bool = False  # its last workers died holding it: one operation at a time, alone
-    is_broken: bool = False  # a pass of it failed: nothing is executed until it is read back
+    is_shut: bool = False  # a pass of it failed, or it leaves: nothing is executed until it is read back
 
 
 class Worker:
@@ -219,6 +220,8 @@ class Worker:
                     self.intake.ring(ringing)
                 if ["drain"] in messages:
                     self.inbox.put(Drain())
+                if ["share"] in messages:
+                    self.inbox.put(Share())
             log.info("the control plane is gone; draining")
         except Exception:
             # Deaf is worse than dead: another worker takes over.
@@ -242,7 +245,7 @@ class Worker:
             self._take_in(self.inbox.get())
 
     def _take_in(self, event: Event) -> None:
-        if isinstance(event, Adopt | Settled | LeaseGone):
+        if isinstance(event, Adopt | Settled | LeaseGone | Share):
             self.under_way.take_up()  # of what the run was until now
         match event:
             case Computed():
@@ -251,12 +254,12 @@ class Worker:
                 if (held := self.held.get(prepared.operation.subject)) is None:
                     # Let go of meanwhile; if it is being adopted again, this comes with it.
                     self.intake.adopt(prepared.operation.subject)
-                elif not held.is_broken:
+                elif not held.is_shut:
                     self._enqueue(prepared)
             case Waiting(operation):
                 if (held := self.held.get(operation.subject)) is None:
                     self.intake.adopt(operation.subject)
-                elif held.is_broken:
+                elif held.is_shut:
                     pass  # it comes again when the run is read back
                 elif operation.seq_id not in held.prepared:
                     held.waiting[operation.seq_id] = operation
@@ -265,7 +268,7 @@ class Worker:
             case Snapshotted():
                 self._part(event)
             case Settled(run_id):
-                if run_id in self.held and self.held[run_id].is_broken:
+                if run_id in self.held and self.held[run_id].is_shut:
                     self._drop(run_id)
                     self.intake.adopt(run_id)
             case Room():
@@ -283,6 +286,8 @@ class Worker:
                     metrics.LEASE_LOSSES.inc()
                     self._drop(run_id)
                     self.intake.adopt(run_id)  # if it is to be had: what was refused has to be done again
+            case Share():
+                self._share()
             case Drain():
                 self.draining = True
 
@@ -410,7 +415,7 @@ class Worker:
         self._optim_steps([p for p in steps if self._is_here(p.operation.subject)])
 
     def _is_here(self, run_id: str) -> bool:
-        return run_id in self.held and not self.held[run_id].is_broken
+        return run_id in self.held and not self.held[run_id].is_shut
 
     def _may_try(self, operation: Operation) -> bool:
         """Leave word of what is tried now, if it may be the end of this process: a new call, not one that
@@ -482,7 +487,7 @@ class Worker:
         """It could not even be begun. What is under way of the same runs is computed again with it: their
         adapters hold something of both."""
         for prepared in work:
-            self.held[prepared.operation.subject].is_broken = True
+            self.held[prepared.operation.subject].is_shut = True
         self.under_way.take_up()
         self._recover(work, error)
 
@@ -512,15 +517,21 @@ class Worker:
                 return
         self.alone.update(prepared.operation.request_id for prepared in work)
         for run_id in {prepared.operation.subject for prepared in work}:
-            self.held[run_id].is_broken = True
-            self.slots.drop(run_id)
-            self.schedule.close_run(run_id)
-            # Nothing of it may be on its way any more when it is read back. Nobody else waits for that.
-            self.archive.afterwards(functools.partial(self._settle, run_id))
+            self._shut(run_id)
 
-    def _settle(self, run_id: str) -> None:
-        self.outbox.flush()
-        self.inbox.put(Settled(run_id))
+    def _shut(self, run_id: str, then: Callable[[], object] = lambda: None) -> None:
+        """Until it is read back. Nothing of it may be on its way any more by then; nobody else waits for
+        that."""
+
+        def settle() -> None:
+            self.outbox.flush()
+            then()
+            self.inbox.put(Settled(run_id))
+
+        self.held[run_id].is_shut = True
+        self.slots.drop(run_id)
+        self.schedule.close_run(run_id)
+        self.archive.afterwards(settle)
 
     def _give_up_run(self, run_id: str, why: object) -> None:
         """What was computed once could not be computed again: the run is not what its results say it is."""
@@ -685,7 +696,7 @@ class Worker:
         return max(0.2, self.settings.idle_seconds / 10)
 
     def _is_idle(self, held: Held) -> bool:
-        is_quiet = not (held.is_broken or held.waiting or held.requested)
+        is_quiet = not (held.is_shut or held.waiting or held.requested)
         run_id = held.lease.run_id
         return is_quiet and self.schedule.is_idle(run_id) and not self.under_way.holds(run_id)
 
@@ -726,6 +737,21 @@ class Worker:
             )
             # Nobody waits for this: if it fails, the run just stays with this worker.
             self.journal.write(release).add_done_callback(lambda done: done.exception())
+
+    def _share(self) -> None:
+        """Let another worker have a run, whatever waits for it: the one that was called least lately."""
+        there = [held for held in self.held.values() if not held.is_shut]
+        if len(there) < len(self.held) or not there or not self.archive.has_room:
+            return  # one after the other
+        held = min(there, key=lambda held: held.used_at)
+        lease = held.lease
+        if held.point.writing or held.leaving_at is not None or not self.slots.holds(lease.run_id):
+            return
+        if held.done_seq > held.point.seq_id:
+            self._snapshot(lease.run_id)
+        hand_over = functools.partial(leases.hand_over, lease=lease, base_model=self.base_model)
+        # If nobody takes it, or the journal does not answer, it is read back here.
+        self._shut(lease.run_id, lambda: self.journal.write(hand_over).exception())
 
     def _drop(self, run_id: str) -> None:
         self.slots.drop(run_id)

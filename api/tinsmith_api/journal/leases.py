@@ -1,8 +1,9 @@
 """Workers and their leases: which process may write for which run.
 
 A run is placed on a worker when one of its operations is submitted, and stays there as long as that worker
-lives. A lease carries an epoch that grows with every change of hands. What a worker writes under an old
-epoch is refused, so a process that was given up for dead can do no harm when it is not.
+lives and has no more runs than others of its pool. A lease carries an epoch that grows with every change of
+hands. What a worker writes under an old epoch is refused, so a process that was given up for dead can do no
+harm when it is not.
 """
 
 import hashlib
@@ -48,12 +49,13 @@ class Lease:
 @dataclass(frozen=True)
 class Beat:
     """What a worker hears when it says that it lives. queued: request id -> epoch of its run. gave_up: others
-    of its pool were taken for dead."""
+    of its pool were taken for dead. has_surplus: one of its runs would be better off with another worker."""
 
     is_alive: bool
     is_draining: bool
     queued: dict[str, int]
     gave_up: bool = False
+    has_surplus: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def beat(
     if me is None:
         return Beat(is_alive=False, is_draining=False, queued={})
     gave_up = sweep(connection, base_model, dead_after_seconds=dead_after_seconds)
-    return Beat(True, me.draining_at is not None, backlog(connection, worker_id, base_model), gave_up)
+    has_surplus = _with_less(connection, base_model, worker_id) is not None
+    queued = backlog(connection, worker_id, base_model)
+    return Beat(True, me.draining_at is not None, queued, gave_up, has_surplus)
 
 
 def sweep(connection: sa.Connection, base_model: str, *, dead_after_seconds: float | None) -> bool:
@@ -341,6 +345,21 @@ def release(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) 
     check_lease(connection, run_id, worker_id, epoch)
     statement = sa.update(runs).where(runs.c.id == run_id, ~_HAS_QUEUED)
     return connection.execute(statement.values(worker_id=None, epoch=runs.c.epoch + 1)).rowcount > 0
+
+
+def hand_over(connection: sa.Connection, lease: Lease, base_model: str) -> None:
+    """Give a run, with what waits for it, to the worker of the pool that has least; if nobody has so much
+    less any more, it stays. LeaseLost as in `operations.finish`."""
+    check_lease(connection, lease.run_id, lease.worker_id, lease.epoch)
+    if taker := _with_less(connection, base_model, lease.worker_id):
+        _move(connection, lease.run_id, lease.worker_id, taker, died=False)
+
+
+def _with_less(connection: sa.Connection, base_model: str, worker_id: str) -> str | None:
+    """Who of the pool would still have no more than this worker after a run went from here to there."""
+    loads = _loads(connection, base_model, _TAKES_RUNS)
+    mine = next((load for load, worker in loads if worker == worker_id), 0)
+    return loads[0][1] if loads and loads[0][0] + 2 <= mine else None
 
 
 # -- what others ask -------------------------------------------------------------------------------------

@@ -819,6 +819,22 @@ def test_adapters_that_do_not_fit_beside_each_other_take_turns(
         assert_same(sampled, answer)
 
 
+def test_weights_that_are_sampled_stay_while_others_are_saved(base: Base) -> None:
+    """A recorded step finds them on the device, or nobody's next token can be had."""
+    engine, sampler = TorchEngine(base), make(base, {}, SamplerSettings(adapter_bytes=1))
+    engine.create("run", SPECS["wide"])
+    for name in ("sampled", "saved later", "and another"):
+        sampler.hold(name, engine.frozen("run"))
+        if name == "sampled":
+            sampler.add(request("r", name))
+            sampler.step()
+    there = {name: held.adapter is not None for name, held in sampler._shelf._held.items()}
+    assert there == {"sampled": True, "saved later": False, "and another": False}
+    assert [type(answer) for answer in answers(sampler)] == [SampleOutput]
+    same = one(sampler, sampler_id="and another")
+    assert_same(same, one(sampler, sampler_id="sampled"))
+
+
 # What was read before
 
 

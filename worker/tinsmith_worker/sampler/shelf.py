@@ -43,18 +43,20 @@ class Shelf:
     def holds(self, sampler_id: str) -> bool:
         return sampler_id in self._held
 
-    def hold(self, sampler_id: str, weights: AdapterState | Adapter) -> None:
-        """Keep a frozen copy; of an Adapter nothing is copied, it is a copy already."""
+    def hold(self, sampler_id: str, weights: AdapterState | Adapter, in_use: Collection[str] = ()) -> None:
+        """Keep a frozen copy; of an Adapter nothing is copied, it is a copy already, if there is room for it
+        beside those that are `in_use`."""
         if sampler_id in self._held:
             return
-        if isinstance(weights, Adapter):
+        if not isinstance(weights, Adapter):
+            read = self._base.adapter_of(weights, device=torch.device("cpu"))
+            on_host = read.compute.pin_memory() if self._base.device.type == "cuda" else read.compute
+            self._held[sampler_id] = _Held(weights.spec, on_host)
+        elif self._make_room(weights.compute.nbytes, keep=in_use) or not in_use:
             self._held[sampler_id] = _Held(weights.spec, None, weights)
             self._enter(weights)
-            self._make_room(0, keep=())
-            return
-        read = self._base.adapter_of(weights, device=torch.device("cpu"))
-        on_host = read.compute.pin_memory() if self._base.device.type == "cuda" else read.compute
-        self._held[sampler_id] = _Held(weights.spec, on_host)
+        else:
+            self._held[sampler_id] = _Held(weights.spec, _on_host(weights))
 
     def release(self, sampler_id: str) -> None:
         held = self._held.pop(sampler_id, None)
@@ -81,9 +83,9 @@ class Shelf:
         return made
 
     def _make_room(self, size: int, keep: Collection[str]) -> bool:
-        """For one more of so many bytes."""
+        """For one more of so many bytes. Those to `keep` stay, whatever that means for it."""
         there = {name: h.adapter.compute.nbytes for name, h in self._held.items() if h.adapter}
-        total, count = sum(there.values()) + size, len(there) + (size > 0)
+        total, count = sum(there.values()) + size, len(there) + 1
         for name, its_size in there.items():
             if total <= self._device_bytes and count <= self._most:
                 break
@@ -96,9 +98,11 @@ class Shelf:
     def _put_away(self, held: _Held) -> None:
         assert held.adapter is not None
         if held.on_host is None:
-            compute = held.adapter.compute
-            held.on_host = torch.empty(compute.shape, dtype=compute.dtype, pin_memory=compute.is_cuda).copy_(
-                compute
-            )
+            held.on_host = _on_host(held.adapter)
         self._leave(held.adapter)
         held.adapter = None
+
+
+def _on_host(adapter: Adapter) -> torch.Tensor:
+    compute = adapter.compute
+    return torch.empty(compute.shape, dtype=compute.dtype, pin_memory=compute.is_cuda).copy_(compute)

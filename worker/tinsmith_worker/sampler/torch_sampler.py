@@ -114,7 +114,7 @@ class TorchSampler:
 
     def hold(self, sampler_id: str, weights: AdapterState | Adapter) -> None:
         """See `contract.Sampler`; `weights` may be `Engine.frozen`'s."""
-        self._shelf.hold(sampler_id, weights)
+        self._shelf.hold(sampler_id, weights, self._places.samplers - {""})
 
     def holds(self, sampler_id: str) -> bool:
         return self._shelf.holds(sampler_id)

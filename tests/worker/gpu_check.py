@@ -39,6 +39,7 @@ from tinsmith_worker.contract import (
     SampleOutput,
     Work,
 )
+from tinsmith_worker.copies import HostCopier
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.sampler import SamplerSettings, TorchSampler
@@ -397,6 +398,36 @@ def check_deterministic(small: bool) -> list[Finding]:
     return findings
 
 
+def check_copies(small: bool) -> list[Finding]:
+    """A state that was asked for in the middle of training, and fetched beside it, against one that was waited for:
+    cloned on the device, without room for a clone, and of a run that leaves."""
+    findings = []
+    for what, room_bytes in (("cloned", 1 << 30), ("without room", 1)):
+        engine = reset(engine_with(small, torch.bfloat16, deterministic=True))
+        engine._copier.close()
+        engine._copier = HostCopier(DEVICE, room_bytes=room_bytes)
+        given = tiny.batch(lengths=(200, 313, 64), seed=3)
+        differing = 0
+        for turn in range(8):
+            # The device is behind: nothing of this has been waited for.
+            engine.begin_forward_backward([Work("all", given)] * 4)
+            expected = engine._adapters["all"]
+            held = {name: flat.clone() for name, flat in expected.flats().items()}
+            asked = engine.begin_state("all", leaves=turn == 7)
+            if turn == 7:
+                engine.drop("all")
+            else:
+                engine.begin_optim_steps([("all", AdamParams(1e-2))])
+            found = asked.arrival.result()
+            differing += sum(
+                not np.array_equal(getattr(found, name), flat.cpu().numpy()) for name, flat in held.items()
+            )
+        findings.append(
+            _limited(f"states fetched beside training that are of another moment, {what}", differing, 0)
+        )
+    return findings
+
+
 def check_sampler(small: bool) -> list[Finding]:
     """What the sampler says of the tokens it drew against what a forward of the same weights says."""
     findings = []
@@ -494,7 +525,17 @@ def _next_tokens(tokens: np.ndarray) -> TrainInput:
     )
 
 
-PARTS = ["numbers", "packing", "attention", "custom", "experts", "deterministic", "sampler", "drawing"]
+PARTS = [
+    "numbers",
+    "packing",
+    "attention",
+    "custom",
+    "experts",
+    "copies",
+    "deterministic",
+    "sampler",
+    "drawing",
+]
 
 
 def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
@@ -504,6 +545,7 @@ def run_part(part: str, *, tiny_shapes: bool) -> list[Finding]:
         "attention": check_attention,
         "custom": check_custom,
         "experts": check_experts,
+        "copies": check_copies,
         "deterministic": check_deterministic,
         "sampler": check_sampler,
         "drawing": check_drawing,

@@ -220,7 +220,7 @@ def paging(engine: TorchEngine) -> Found:
         for run in runs:
             slots.bring([run])
             engine.forward_backward([Work(run, tiny.batch("ppo", (30, 20), seed=seed))])
-    found = {run: slots.state(run).gradient for run in runs}
+    found = {run: slots.begin_state(run).arrival.result().gradient for run in runs}
     for run in runs:
         slots.drop(run)
     return found

@@ -206,7 +206,7 @@ def _trained(
             for step in range(3):
                 passed(run_id, step)
                 stepped(run_id)
-    return {run_id: slots.state(run_id) for run_id in run_ids}
+    return {run_id: slots.begin_state(run_id).arrival.result() for run_id in run_ids}
 
 
 def test_runs_that_left_the_device_at_every_turn_have_the_bits_of_those_that_stayed() -> None:

@@ -3,9 +3,10 @@
 Shapes: R rank, I inputs and O outputs of a site, P parameters of an adapter (alignment included).
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 
 from tinsmith.errors import InvalidInput
 from tinsmith_worker.contract import LORA_ALPHA, AdapterState, LoraSpec
+from tinsmith_worker.copies import on_host
 
 Kind = Literal["attn", "mlp", "unembed"]
 # By group of sites: the As of its members on top of each other [M * R, I], and every member's B [O, R].
@@ -98,6 +100,7 @@ class Adapter:
     """
 
     part_elements = 0
+    config = ""  # AdapterState's
 
     def __init__(
         self,
@@ -211,17 +214,20 @@ class Adapter:
             _fill(self.gradient, state.gradient, moves)
             self.has_gradient = True
 
+    def flats(self) -> dict[str, torch.Tensor]:
+        """The buffers that are to be kept, by their names in `AdapterState`."""
+        found = {"weights": self.weights, "moment1": self.moment1, "moment2": self.moment2}
+        if self.has_gradient:
+            found["gradient"] = self.gradient
+        return {name: flat for name, flat in found.items() if flat is not None}
+
     def state(self) -> AdapterState:
         """A copy of everything in host memory. Waits for the device."""
-        return AdapterState(
-            spec=self.spec,
-            tensors=self.layout,
-            weights=_host(self.weights),
-            moment1=None if self.moment1 is None else _host(self.moment1),
-            moment2=None if self.moment2 is None else _host(self.moment2),
-            gradient=_host(self.gradient) if self.gradient is not None and self.has_gradient else None,
-            step=self.step,
-        )
+        return self.state_maker()(**{name: on_host(flat) for name, flat in self.flats().items()})
+
+    def state_maker(self) -> Callable[..., AdapterState]:
+        """What makes its state, of this moment, of copies of `flats`."""
+        return functools.partial(AdapterState, self.spec, self.layout, step=self.step, config=self.config)
 
     def expert_scale(self, group: int) -> float:
         return LORA_ALPHA / next(site.rank(self.spec) for site in self.sites if site.group == group)
@@ -270,10 +276,3 @@ def _fill(target: torch.Tensor, source: npt.NDArray[np.float32], moves: list[_Mo
     on_host = torch.tensor(source)
     for start, target_start, count in moves:
         target[target_start : target_start + count].copy_(on_host[start : start + count])
-
-
-def _host(flat: torch.Tensor) -> npt.NDArray[np.float32]:
-    # numpy asks for memory in large pages: half the time of such a copy is the system finding small ones.
-    found = np.empty(flat.shape, np.float32)
-    torch.from_numpy(found).copy_(flat.detach())
-    return found

@@ -22,7 +22,7 @@ from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.snapshots import Unfinished
 from tinsmith_api.journal.store import Store
 from tinsmith_worker import answers, checkpoints
-from tinsmith_worker.contract import AdapterState, Failure
+from tinsmith_worker.contract import AdapterState, Failure, StateOnTheWay
 from tinsmith_worker.outbox import Outbox
 
 log = logging.getLogger("tinsmith.worker")
@@ -33,6 +33,8 @@ Json = dict[str, Any]
 _MAX_PAUSE_SECONDS = 5.0
 # What waits to be written is a copy of an adapter, and whoever comes next stands behind it.
 _COPIES_AT_MOST = 16
+# Copies that still come from a device: with more of them another snapshot is put off, rather than waited for.
+_ON_THE_WAY_BYTES = 2 << 30
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Archive:
         self._on_lost = on_lost
         self._room_bytes = room_bytes
         self._on_room = on_room
-        self._copies: list[int] = []  # bytes of each that waits, in the order of asking
+        self._copies: list[StateOnTheWay] = []  # those that wait, in the order of asking
         self._counting = threading.Lock()
         self._is_hurried = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
@@ -84,11 +86,12 @@ class Archive:
     def has_room(self) -> bool:
         """Whether another copy of an adapter may be handed over. The first always may."""
         copies = self._copies
-        return not copies or (len(copies) < _COPIES_AT_MOST and sum(copies) < self._room_bytes)
+        size = sum(copy.nbytes for copy in copies)
+        return not copies or (len(copies) < _COPIES_AT_MOST and size < self._room_bytes)
 
-    def _submit(self, state: AdapterState, write: Callable[[], None]) -> None:
+    def _submit(self, state: StateOnTheWay, write: Callable[[], None]) -> None:
         with self._counting:
-            self._copies = [*self._copies, state.nbytes]
+            self._copies = [*self._copies, state]
         self._thread.submit(self._run, write)
 
     def _run(self, write: Callable[[], None]) -> None:
@@ -101,19 +104,15 @@ class Archive:
             if was_full:
                 self._on_room()
 
-    def save(self, operation: Operation, given: Json, lora: Json, state: AdapterState) -> None:
+    def save(self, operation: Operation, given: Json, lora: Json, copy: StateOnTheWay) -> None:
         """Write a checkpoint and finish the operation that asked for it."""
-        # A checkpoint is what load_weights reads: it never restores a gradient, a sampler no moments either.
-        state = replace(state, gradient=None)
-        if operation.kind != ops.SAVE_WEIGHTS:
-            state = replace(state, moment1=None, moment2=None, step=0)
-
         # From now, and not from when its turn comes: a store that is gone is gone for all that wait.
         until = time.monotonic() + self._patience_seconds
         epoch = self._outbox.epoch(operation)
 
         def write() -> None:
             try:
+                state = _as_saved(copy.arrival.result(), with_optimizer=operation.kind == ops.SAVE_WEIGHTS)
                 size = self._put(given["object_prefix"], self._files(given, state), until)
             except Exception as error:
                 if self._is_hurried:
@@ -136,7 +135,7 @@ class Archive:
                 used={usage.CHECKPOINT: 1},
             )
 
-        self._submit(state, write)
+        self._submit(copy, write)
 
     def _files(self, given: Json, state: AdapterState) -> dict[str, Body]:
         if given["kind"] != "external_weights":
@@ -162,18 +161,22 @@ class Archive:
         is_busy = point.computed_seconds >= self._seconds / 4
         # A snapshot that takes long to write is taken more rarely: at most a twentieth of the time.
         interval = max(self._seconds if is_busy else 8 * self._seconds, 20 * point.write_seconds)
-        return not point.writing and time.monotonic() - point.taken_at >= interval and self.has_room
+        is_time = not point.writing and time.monotonic() - point.taken_at >= interval
+        return is_time and self.has_room and self._on_the_way_bytes() < _ON_THE_WAY_BYTES
+
+    def _on_the_way_bytes(self) -> int:
+        return sum(copy.nbytes for copy in self._copies if not copy.arrival.done())
 
     def snapshot(
         self,
         lease: Lease,
         point: RecoveryPoint,
         seq_id: int,
-        state: AdapterState,
+        copy: StateOnTheWay,
         *,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write `state`, the run after operation `seq_id`, and move its recovery point there; `then` is
+        """Write `copy`, the run after operation `seq_id`, and move its recovery point there; `then` is
         called in the end, whether it was moved or not."""
         point.writing = True
         point.computed_seconds = 0.0
@@ -187,7 +190,7 @@ class Archive:
             try:
                 # If this process dies before it is recorded, somebody has to know of the files.
                 self._journal.write(lambda c: snapshots.announce(c, key)).result()
-                self._objects.put(key, checkpoints.write(state, self._base_model))
+                self._objects.put(key, checkpoints.write(copy.arrival.result(), self._base_model))
                 results_handed_over.result()
                 before = self._journal.write(
                     lambda c: snapshots.record(
@@ -223,7 +226,7 @@ class Archive:
                 metrics.SNAPSHOT_SECONDS.observe(point.write_seconds)
                 then()
 
-        self._submit(state, write)
+        self._submit(copy, write)
 
     def _delete(self, prefix: str) -> None:
         """At once. If that fails, or this process does, whoever collects garbage will."""
@@ -246,3 +249,10 @@ class Archive:
     def close(self) -> None:
         """Write what was asked for."""
         self._thread.shutdown()
+
+
+def _as_saved(state: AdapterState, *, with_optimizer: bool) -> AdapterState:
+    """A checkpoint is what load_weights reads: it never restores a gradient, a sampler no moments either."""
+    if with_optimizer:
+        return replace(state, gradient=None)
+    return replace(state, moment1=None, moment2=None, gradient=None, step=0)

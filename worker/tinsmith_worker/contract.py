@@ -5,6 +5,7 @@ Everything here runs on one thread, the engine's; only `AdapterState` and output
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -82,6 +83,21 @@ class AdapterState:
     def nbytes(self) -> int:
         flats = (self.weights, self.moment1, self.moment2, self.gradient)
         return sum(flat.nbytes for flat in flats if flat is not None)
+
+
+@dataclass(frozen=True)
+class StateOnTheWay:
+    """A run's state as it was when it was asked for. `arrival` gives it, on any thread."""
+
+    spec: LoraSpec
+    nbytes: int
+    arrival: "Future[AdapterState]"
+
+
+def arrived(state: AdapterState) -> StateOnTheWay:
+    future: Future[AdapterState] = Future()
+    future.set_result(state)
+    return StateOnTheWay(state.spec, state.nbytes, future)
 
 
 @dataclass(frozen=True)
@@ -234,6 +250,11 @@ class Engine(Protocol):
         ...
 
     def state(self, run_id: str) -> AdapterState: ...
+    def begin_state(self, run_id: str, *, only_weights: bool = False, leaves: bool = False) -> StateOnTheWay:
+        """The same, without waiting for the device: what is done to the run from now on is not in it.
+        `only_weights`: no moments, step or gradient. `leaves`: the next call drops the run."""
+        ...
+
     def frozen(self, run_id: str) -> object:
         """A copy of its weights on the device, for `Sampler.hold`."""
         ...

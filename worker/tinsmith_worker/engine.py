@@ -28,9 +28,10 @@ from tinsmith_worker.contract import (
     Failure,
     LoraSpec,
     OptimizerParams,
+    StateOnTheWay,
     Work,
 )
-from tinsmith_worker.copies import OnTheWay, to_device
+from tinsmith_worker.copies import HostCopier, OnTheWay, to_device
 from tinsmith_worker.model import Base
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
 
@@ -101,6 +102,8 @@ class TorchEngine:
         self._settings = settings or EngineSettings()
         self._adapters: dict[str, Adapter] = {}
         self._last_steps: Answer[list[dict[str, float] | Failure]] = Answer(list)  # not counted yet, maybe
+        self._stepping: set[str] = set()
+        self._copier = HostCopier(base.device)
         if self._settings.deterministic:
             _make_deterministic(base)
 
@@ -138,7 +141,7 @@ class TorchEngine:
         return adapter_elements(spec, self.base.sites) * (4 * 4 + copy)
 
     def close(self) -> None:
-        """Nothing else runs for it."""
+        self._copier.close()
 
     def check(self, given: TrainInput) -> None:
         if given.custom is not None:
@@ -179,12 +182,22 @@ class TorchEngine:
         self, steps: Sequence[tuple[str, OptimizerParams]]
     ) -> Answer[list[dict[str, float] | Failure]]:
         self._last_steps.get()
+        self._stepping = {run_id for run_id, _ in steps}
         self._last_steps = optim.begin([(self._adapters[run_id], params) for run_id, params in steps])
         return self._last_steps
 
     def state(self, run_id: str) -> AdapterState:
-        self._last_steps.get()
-        return self._adapters[run_id].state()
+        return self.begin_state(run_id).arrival.result()
+
+    def begin_state(self, run_id: str, *, only_weights: bool = False, leaves: bool = False) -> StateOnTheWay:
+        if run_id in self._stepping:  # and not counted yet
+            self._last_steps.get()
+        adapter = self._adapters[run_id]
+        flats, make = adapter.flats(), adapter.state_maker()
+        if only_weights:
+            flats, make = {"weights": adapter.weights}, functools.partial(make, step=0)
+        size = sum(flat.nbytes for flat in flats.values())
+        return StateOnTheWay(adapter.spec, size, self._copier.begin(flats, make, leave=leaves))
 
     def frozen(self, run_id: str) -> Adapter:
         """A copy of its weights on the device, for a sampler to hold."""

@@ -24,6 +24,7 @@ from tinsmith_worker.activations import Activations, Keeping
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, Site
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
+from tinsmith_worker.copies import free_bytes
 from tinsmith_worker.experts import Mixture, expert_sites, is_mixture, trouble
 from tinsmith_worker.four_bit import is_four_bit, read_four_bit
 from tinsmith_worker.head import Head
@@ -185,9 +186,7 @@ class Base:
         if self.device.type != "cuda":
             return Keeping()
         self.activations.always_lean = self.is_deterministic
-        free = torch.cuda.mem_get_info(self.device)[0] - _BESIDE_ACTIVATIONS
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return self.activations.keeping(tokens, free)
+        return self.activations.keeping(tokens, free_bytes(self.device) - _BESIDE_ACTIVATIONS)
 
     def backward(self, hidden_TD: torch.Tensor, gradient_TD: torch.Tensor) -> None:
         """From dL/dhidden of the last `forward` to the adapters' gradients."""

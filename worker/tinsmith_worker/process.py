@@ -649,7 +649,9 @@ class Worker:
         if samples and operation.kind == ops.SAVE_WEIGHTS_FOR_SAMPLER:
             # Whoever samples them here need not wait until they are read back.
             self.sampling.hold(prepared.given["object_prefix"], self.engine.frozen(operation.subject))
-        self.archive.save(operation, prepared.given, held.lease.lora, self.slots.state(operation.subject))
+        only_weights = operation.kind != ops.SAVE_WEIGHTS
+        state = self.slots.begin_state(operation.subject, only_weights=only_weights)
+        self.archive.save(operation, prepared.given, held.lease.lora, state)
 
     def _done(self, prepared: Prepared, body: Callable[[], bytes]) -> None:
         self._leave_behind(prepared)
@@ -673,7 +675,7 @@ class Worker:
 
     def _snapshot(self, run_id: str) -> None:
         held = self.held[run_id]
-        self.archive.snapshot(held.lease, held.point, held.done_seq, self.slots.state(run_id))
+        self.archive.snapshot(held.lease, held.point, held.done_seq, self.slots.begin_state(run_id))
 
     # -- letting go ----------------------------------------------------------------------------------
 
@@ -715,7 +717,7 @@ class Worker:
             held.lease,
             held.point,
             held.done_seq,
-            self.slots.state(run_id),
+            self.slots.begin_state(run_id),
             then=lambda: self.inbox.put(event),
         )
 

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from tinsmith_api.journal import metrics
-from tinsmith_worker.contract import AdapterState, Engine, LoraSpec
+from tinsmith_worker.contract import AdapterState, Engine, LoraSpec, StateOnTheWay
 
 
 class Slots:
@@ -24,7 +24,7 @@ class Slots:
         self.host_bytes = host_bytes
         self._engine = engine
         self._on_device: dict[str, int] = {}  # run -> bytes, least recently used first
-        self._in_host: dict[str, AdapterState] = {}  # least recently used first
+        self._in_host: dict[str, StateOnTheWay] = {}  # least recently used first
         self._host_total = 0
         self._tenants: dict[str, str] = {}  # run -> tenant
         self._held: Counter[str] = Counter()  # bytes of each tenant's adapters, in both places
@@ -62,7 +62,7 @@ class Slots:
         for run_id in run_ids:
             if (state := self._in_host.get(run_id)) is not None:
                 self._make_room(self._engine.size_bytes(state.spec), keep=run_ids)
-                self._engine.restore(run_id, state)
+                self._engine.restore(run_id, state.arrival.result())
                 self._leave_host(run_id)
                 self._enter(run_id, state.spec)
                 metrics.PAGE_INS.labels("host").inc()
@@ -80,9 +80,9 @@ class Slots:
             room -= size
         return parts
 
-    def state(self, run_id: str) -> AdapterState:
-        """A copy of all of it, from wherever it is."""
-        return self._in_host.get(run_id) or self._engine.state(run_id)
+    def begin_state(self, run_id: str, *, only_weights: bool = False) -> StateOnTheWay:
+        """A copy of it, from wherever it is: of all, or of less if less is wanted."""
+        return self._in_host.get(run_id) or self._engine.begin_state(run_id, only_weights=only_weights)
 
     def surplus(self, limits: Mapping[str, int], *, is_idle: Callable[[str], bool]) -> list[str]:
         """Idle runs that should leave this worker's memory: those that the host has no room for, and those of
@@ -115,7 +115,8 @@ class Slots:
             return
         sizes = dict(self._on_device)
         for run_id in self._in_order(sizes, (r for r in sizes if r not in keep)):
-            state = self._engine.state(run_id)  # if there is no memory for it, it stays where it is
+            # If there is no memory for it, it stays where it is.
+            state = self._engine.begin_state(run_id, leaves=True)
             self._engine.drop(run_id)
             total -= self._leave_device(run_id)
             self._in_host[run_id] = state

@@ -18,7 +18,15 @@ from tinsmith.wire.batch import TrainOutput
 from tinsmith_worker import optim
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import Adapter
-from tinsmith_worker.contract import AdapterState, Answer, Failure, LoraSpec, OptimizerParams, Work
+from tinsmith_worker.contract import (
+    AdapterState,
+    Answer,
+    Failure,
+    LoraSpec,
+    OptimizerParams,
+    StateOnTheWay,
+    Work,
+)
 from tinsmith_worker.engine import (
     Block,
     Computed,
@@ -71,6 +79,7 @@ class GroupEngine(TorchEngine):
                 does[verb](*given)
 
     def close(self) -> None:
+        super().close()
         self._group.tell("close")
         self._group.close()
 
@@ -104,10 +113,10 @@ class GroupEngine(TorchEngine):
         self._group.tell("drop", run_id)
         super().drop(run_id)
 
-    def state(self, run_id: str) -> AdapterState:
-        if self._adapters[run_id].has_gradient:
+    def begin_state(self, run_id: str, *, only_weights: bool = False, leaves: bool = False) -> StateOnTheWay:
+        if self._adapters[run_id].has_gradient and not only_weights:
             self._fold(run_id)
-        return super().state(run_id)
+        return super().begin_state(run_id, only_weights=only_weights, leaves=leaves)
 
     def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
         """Computed at once: the leader waits for what the others send it."""

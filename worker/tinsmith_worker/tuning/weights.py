@@ -5,13 +5,14 @@ Shapes: P elements, V vocabulary, D hidden.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Layout, elements
-from tinsmith_worker.contract import AdapterState, LoraSpec
+from tinsmith_worker.contract import LoraSpec
+from tinsmith_worker.copies import free_bytes
 
 # Of moments in host memory, what is on the device at once: 256 MB of each.
 _PART = 1 << 26
@@ -61,7 +62,7 @@ class Tuned(Adapter):
         reserve_bytes: int = 0,
     ) -> None:
         self._reserve_bytes = reserve_bytes
-        self.spec, self.form = form.spec, form
+        self.spec, self.form, self.config = form.spec, form, form.config
         self.scale, self.sites = 1.0, ()
         self.layout = form.layout
         self._open(elements(self.layout), device, form.dtype, frozen)
@@ -90,9 +91,5 @@ class Tuned(Adapter):
         if self.moment1 is not None:
             return self.moment1.is_cuda
         device, size = self.weights.device, 4 * self.weights.numel()
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free >= size * (2 if self.gradient is not None else 3) + self._reserve_bytes
-
-    def state(self) -> AdapterState:
-        return replace(super().state(), config=self.form.config)
+        needed = size * (2 if self.gradient is not None else 3) + self._reserve_bytes
+        return free_bytes(device) >= needed

@@ -30,7 +30,7 @@ import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from tinsmith.wire.batch import TrainInput
-from tinsmith_worker.activations import Keeping
+from tinsmith_worker.activations import Activations, Keeping
 from tinsmith_worker.contract import AdamParams, LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
@@ -440,11 +440,26 @@ def mixture(seconds: float) -> Rows:
     _engines.clear()
     free()
     engine, getting_ready = engine_on(model_of("30B-A3B"))
-    yield {"shape": "30B-A3B", "ready after s": getting_ready, "GiB": torch.cuda.memory_allocated() / 2**30}
+    yield {
+        "shape": "30B-A3B",
+        "ready after s": getting_ready,
+        "GiB": torch.cuda.memory_allocated() / 2**30,
+        "compiled": engine.base.is_compiled,
+    }
     cases: list[Case] = [("1 x 32 x 512", 32, [[512] * 32]), ("8 x 8 x 256", 32, [[256] * 8] * 8)]
-    for name, rank, tenants in cases:
-        found = time_engine(engine, [rank] * len(tenants), tenants, seconds=seconds)
-        yield {"work": name, "rank": rank, "engine": found}
+    for is_compiled in (True, False) if engine.base.is_compiled else (False,):
+        if not is_compiled:
+            engine.base.run_eagerly()
+            # What its layers keep of a token is something else now.
+            engine.base.activations = Activations(engine.base.activations.layers)
+        for name, rank, tenants in cases:
+            row: Row = {"work": name, "rank": rank, "compiled": is_compiled}
+            try:
+                row["engine"] = time_engine(engine, [rank] * len(tenants), tenants, seconds=seconds)
+            except torch.OutOfMemoryError as error:
+                row["error"] = repr(error)[:300]
+                free()
+            yield row
 
 
 def profile_8b(seconds: float) -> Rows:

@@ -1,6 +1,7 @@
 """Adapters on a mixture's experts, against the library's own model with the adapters multiplied out."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from torch._dynamo.utils import counters
 
 from tests.worker import tiny
 from tinsmith.wire.batch import TrainInput
 from tinsmith_worker import checkpoints
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import lay_out
+from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, SampleInput, SampleOutput, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
@@ -216,3 +220,74 @@ def says_what_a_forward_says(base: Base) -> None:
         )
         forward = engine.forward_backward([Work("a", given)])[0]
         assert tiny.worst(sequence.logprobs, forward.logprobs_TK[len(prompt) - 1 :, 0]) < 5e-5
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled layers call an attention that only a GPU has, and a compiler that takes half a minute: here is one in
+    plain torch, and no compiler behind the program that is made of a layer."""
+
+    def forward(self: Any, layer: int, *given: Any) -> tuple[torch.Tensor, tuple[()]]:
+        return self._each(*given), ()
+
+    def backward(
+        self: Any, gradient: Any, query: Any, key: Any, value: Any, output: Any, kept: Any, scale: float
+    ) -> Any:
+        def differentiate() -> Any:
+            parts = [x.detach().requires_grad_() for x in (query, key, value)]
+            return torch.autograd.grad(self._each(*parts, scale), parts, gradient)
+
+        # Within an operator of ours autograd is off, on this thread.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(differentiate).result()
+
+    compiled = torch.compile
+    monkeypatch.setattr(CausalSequences, "forward", forward)
+    monkeypatch.setattr(CausalSequences, "backward", backward)
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic, backend="": compiled(f, dynamic=dynamic, backend="aot_eager")
+    )
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_compiled_mixtures_compute_what_they_compute_uncompiled_by_one_program_for_each_kind_of_layer() -> (
+    None
+):
+    base = Base(tiny.model("qwen3_moe", **SHAPE | {"num_hidden_layers": 5, "mlp_only_layers": [0]}))
+    engine = TorchEngine(base)
+    orders = [list(TENANTS), ["c", "b"]]
+    expected = [trained(engine, order) for order in orders]
+    base.keeping, base.can_compile = Keeping(recomputed_layers=2, lean_layers=1), True
+    base.compile()
+    counters.clear()
+    found = [trained(engine, order) for order in orders]
+    # A dense layer; of one with a mixture what is before and behind it; two more within it. Those once more
+    # for a layer that is lean.
+    assert 5 <= counters["stats"]["unique_graphs"] <= 8, counters["stats"]
+    for ours, theirs in zip(found, expected, strict=True):
+        for run in ours:
+            for a, b in zip(ours[run], theirs[run], strict=True):
+                assert tiny.worst(a, b) <= 1e-5
+    base.run_eagerly()
+    for run, values in trained(engine, orders[0]).items():
+        for a, b in zip(values, expected[0][run], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_mixture_whose_layers_do_not_compile_is_trained_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any, **others: Any) -> Any:
+        def run(*given: Any, **others: Any) -> Any:
+            raise RuntimeError("no such kernel, say")
+
+        return run
+
+    expected = trained(TorchEngine(Base(model())), ["a"])["a"]
+    base = Base(model())
+    base.can_compile = True
+    monkeypatch.setattr(torch, "compile", broken)
+    engine = TorchEngine(base)
+    engine.warm_up()
+    assert not base.is_compiled
+    for ours, theirs in zip(trained(engine, ["a"])["a"], expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -6,6 +6,7 @@ Shapes: T packed tokens, S sequences, D hidden, K targets per token, N rows of o
 """
 
 import functools
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ from tinsmith_worker.contract import (
 from tinsmith_worker.copies import HostCopier, OnTheWay, to_device
 from tinsmith_worker.model import Base
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
+
+log = logging.getLogger("tinsmith.worker")
 
 _PIECES_PER_PASS = 8
 _SCORED = "\0scored"  # no run's id
@@ -113,6 +116,18 @@ class TorchEngine:
         if not self.base.can_compile:
             return
         self.base.compile()
+        try:
+            self._warm_up()
+        except Exception:
+            # They run as well as they are, only slower.
+            if not self.base.has_experts or self._ranks > 1:
+                raise
+            log.exception("the layers of this mixture cannot be compiled: training is slower")
+            self.base.run_eagerly()
+            self.drop("")
+            self._keep(None)
+
+    def _warm_up(self) -> None:
         lengths_S = np.array([256, 200], np.int64)
         given = _any_input(np.tile(lengths_S, self._ranks), self.facts.vocab_size)
         lean = Keeping(lean_layers=self.base.activations.layers)

@@ -70,8 +70,18 @@ class Mixture:
         self._current = current
         block.forward = self
 
+    def compile(self) -> None:
+        self._experts.compile_between()
+
+    def run_eagerly(self) -> None:
+        self._experts.run_eagerly()
+
+    # A compiled layer ends before this and goes on behind it: who is given how many rows, and by whom, is
+    # another in every pass, and would be compiled anew.
+    @torch.compiler.disable
     def __call__(self, x_1TD: torch.Tensor) -> torch.Tensor:
         now, rows = self._current.now, x_1TD.shape[1]
+        self._experts.may_compile = now is not None and now.may_compile
         segments = covering(now.segments if now else (), rows)
         if now is None or not now.separate:
             self._experts.parts = merged(segments)
@@ -97,6 +107,18 @@ class Experts(nn.Module):
         self.act_fn = given.act_fn
         self._group = group
         self.parts: list[Segment] = []
+        self.may_compile = False
+        self.run_eagerly()
+
+    def run_eagerly(self) -> None:
+        self._fast_inside: Callable[..., torch.Tensor] = self._inside
+        self._fast_weighed: Callable[..., torch.Tensor] = _weighed
+
+    def compile_between(self) -> None:
+        """What stands between the products, for calls that `may_compile`: one by one, its operations would
+        each move all bytes again."""
+        self._fast_inside = torch.compile(self._inside, dynamic=True)
+        self._fast_weighed = torch.compile(_weighed, dynamic=True)
 
     @property
     def gate_up_proj(self) -> torch.Tensor:
@@ -107,19 +129,29 @@ class Experts(nn.Module):
         return self._given[0].down_proj
 
     def forward(self, x_ND: torch.Tensor, chosen_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        inside = self._fast_inside if self.may_compile else self._inside
+        weighed = self._fast_weighed if self.may_compile else _weighed
         rows = _Rows(chosen_NK, len(self.down_proj))
         h_MF = grouped(rows.of(x_ND), self.gate_up_proj, rows.ends_E)
         if not any(part.adapter and self._group in part.adapter.expert_views for part in self.parts):
-            y_MD = grouped(self._inside(h_MF), self.down_proj, rows.ends_E)
-            return _weighed(rows.back(y_MD), weights_NK)
+            y_MD = grouped(inside(h_MF), self.down_proj, rows.ends_E)
+            return weighed(rows.back(y_MD), weights_NK)
         added = _Added(x_ND, self.parts, self._group, rows)
-        a_MF = self._inside(h_MF + added.to_gate_and_up(x_ND))
+        a_MF = inside(h_MF, *added.to_gate_and_up(x_ND))
         y_MD = grouped(a_MF, self.down_proj, rows.ends_E)
         v_MR = added.inside_of_down(a_MF)
-        return _weighed(rows.back(y_MD), weights_NK) + added.to_down(_weighed(rows.back(v_MR), weights_NK))
+        return weighed(rows.back(y_MD), weights_NK) + added.to_down(weighed(rows.back(v_MR), weights_NK))
 
-    def _inside(self, h_MF: torch.Tensor) -> torch.Tensor:
+    def _inside(
+        self,
+        h_MF: torch.Tensor,
+        gate_added_MF: torch.Tensor | None = None,
+        up_added_MF: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`h_MF`: gate and up side by side; `_added`: what adapters add to each."""
         gate_MF, up_MF = h_MF.chunk(2, -1)
+        if gate_added_MF is not None and up_added_MF is not None:
+            gate_MF, up_MF = gate_MF + gate_added_MF, up_MF + up_added_MF
         return self.act_fn(gate_MF) * up_MF
 
 
@@ -181,8 +213,8 @@ class _Added:
         part_M = torch.searchsorted(stops_P, rows.token_M, right=True)
         self._ends = ends(rows.chosen_M * len(parts) + part_M, rows.experts * len(parts))
 
-    def to_gate_and_up(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """[M, 2 F]."""
+    def to_gate_and_up(self, x_ND: torch.Tensor) -> list[torch.Tensor]:
+        """[M, F] of each."""
         shrunk = []
         for place in (0, 1):
             found = [
@@ -192,7 +224,7 @@ class _Added:
             shrunk.append(torch.cat(found))
         Bs = [self._stacked(self._each(place, -1)) for place in (3, 4)]
         u_MR = [self._rows.of(u_NR) for u_NR in shrunk]
-        return torch.cat([grouped(u, B, self._ends) for u, B in zip(u_MR, Bs, strict=True)], -1)
+        return [grouped(u, B, self._ends) for u, B in zip(u_MR, Bs, strict=True)]
 
     def inside_of_down(self, a_MF: torch.Tensor) -> torch.Tensor:
         """[M, R]."""

@@ -92,6 +92,7 @@ class Base:
         )
         self._current = Current()
         self._groups: list[Group] = []
+        self._mixtures: list[Mixture] = []
         # Whether they lie whole where they lie: not those of a base in parts, or in four bits.
         self.weights_stay = not any(map(is_four_bit, model.modules()))
         self.kernels = self.device.type == "cuda" and triton_kernels() is not None
@@ -118,8 +119,14 @@ class Base:
         """Compile the layers for training passes, at the first one: half a minute, less when cached."""
         assert self.can_compile
         self.is_compiled = True
-        for layer in self._layers:
-            layer.compile()
+        for part in (*self._layers, *self._mixtures):
+            part.compile()
+
+    def run_eagerly(self) -> None:
+        """As before `compile`."""
+        self.is_compiled = False
+        for part in (*self._layers, *self._mixtures):
+            part.run_eagerly()
 
     def join_groups(self) -> None:
         """Lay weights that are multiplied with the same input side by side. Training sees the same weights; a
@@ -261,7 +268,7 @@ class Base:
                 number += 1
             for name, block in [(n, m) for n, m in layer.named_modules() if is_mixture(m)]:
                 yield from expert_sites(f"{prefix}{path}.{name}", block, number)
-                Mixture(block, number, self._current)
+                self._mixtures.append(Mixture(block, number, self._current))
                 number += 1
 
     def _take_attention(self) -> None:
@@ -356,8 +363,7 @@ class Base:
             raise InvalidInput(
                 f"{architecture} cannot be trained: its gradients do not come through or are not finite"
             )
-        # What an expert is given differs from pass to pass, in ways that a compiled layer does not know.
-        return in_one_call and self.kernels and not self.has_experts
+        return in_one_call and self.kernels
 
     def _check_packed(
         self, expected: list[torch.Tensor], architecture: str, adapter: Adapter | None
@@ -406,6 +412,9 @@ class Layer:
         self._whole = self._lean = self._eager
         self._current = current
         layer.forward = self
+
+    def run_eagerly(self) -> None:
+        self._whole = self._lean = self._eager
 
     def compile(self) -> None:
         # All layers are one piece of code, compiled once, and for any number of tokens.

@@ -78,7 +78,7 @@ class Mixture:
 
     # A compiled layer ends before this and goes on behind it: who is given how many rows, and by whom, is
     # another in every pass, and would be compiled anew.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x_1TD: torch.Tensor) -> torch.Tensor:
         now, rows = self._current.now, x_1TD.shape[1]
         self._experts.may_compile = now is not None and now.may_compile

@@ -119,14 +119,18 @@ class Base:
         """Compile the layers for training passes, at the first one: half a minute, less when cached."""
         assert self.can_compile
         self.is_compiled = True
-        for part in (*self._layers, *self._mixtures):
+        for part in self._compiled_parts:
             part.compile()
 
     def run_eagerly(self) -> None:
         """As before `compile`."""
         self.is_compiled = False
-        for part in (*self._layers, *self._mixtures):
+        for part in self._compiled_parts:
             part.run_eagerly()
+
+    @property
+    def _compiled_parts(self) -> list["Layer | Mixture"]:
+        return [*self._layers, *self._mixtures]
 
     def join_groups(self) -> None:
         """Lay weights that are multiplied with the same input side by side. Training sees the same weights; a

@@ -267,18 +267,30 @@ class Decode:
     ) -> torch.Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys[self._new_N], values[self._new_N] = key_TGC, value_TGC
-        rows, heads, channels = query_THC.shape
-        groups = key_TGC.shape[1]
+        rows, groups = len(query_THC), key_TGC.shape[1]
         key_NGLC, value_NGLC = (
             x.index_select(0, self._cells).view(rows, -1, groups, x.shape[2]).transpose(1, 2)
             for x in (keys, values)
         )
-        # The query heads of one key head stand where query positions would: no key is repeated in memory.
-        attended_NGRC = F.scaled_dot_product_attention(
-            query_THC.view(rows, groups, heads // groups, channels),
-            key_NGLC,
-            value_NGLC,
-            attn_mask=self._mask_N11L,
-            scale=scale,
-        )
-        return attended_NGRC.reshape(rows, heads, value_TGC.shape[2])
+        return attend_rows(query_THC, key_NGLC, value_NGLC, self._mask_N11L, scale)
+
+
+def attend_rows(
+    query_NHC: torch.Tensor,
+    key_NGLC: torch.Tensor,
+    value_NGLC: torch.Tensor,
+    mask_N11L: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """[N, H, C of the values]: one query of each of N sequences."""
+    rows, heads, channels = query_NHC.shape
+    groups = key_NGLC.shape[1]
+    # The query heads of one key head stand where query positions would: no key is repeated in memory.
+    attended_NGRC = F.scaled_dot_product_attention(
+        query_NHC.reshape(rows, groups, heads // groups, channels),
+        key_NGLC,
+        value_NGLC,
+        attn_mask=mask_N11L,
+        scale=scale,
+    )
+    return attended_NGRC.reshape(rows, heads, value_NGLC.shape[3])

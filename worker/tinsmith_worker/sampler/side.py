@@ -9,9 +9,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from tinsmith_worker.sampler.cache import Cache
+from tinsmith_worker.sampler.cache import Cache, attend_rows
 
 _ROOM_TOKENS = 64  # of the first slots; it is doubled when a sequence outgrows it
 
@@ -119,8 +118,6 @@ class Step:
         value_TGC: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        rows, heads, channels = query_THC.shape
-        groups = key_TGC.shape[1]
         past = []
         for new_TGC, side, cache in (
             (key_TGC, self._side.keys[layer], self._cache.keys[layer]),
@@ -128,16 +125,10 @@ class Step:
         ):
             cache.index_copy_(0, self._cells_N, new_TGC)
             side.view(-1, *side.shape[2:]).index_copy_(0, self._new_N, new_TGC)
-            past.append(side[:rows, : self._longest].transpose(1, 2))
-        if self._orders:
-            query_THC = query_THC.index_select(0, self._orders[0])
-        # The query heads of one key head stand where query positions would: no key is repeated in memory.
-        attended_NGRC = F.scaled_dot_product_attention(
-            query_THC.reshape(rows, groups, heads // groups, channels),
-            past[0],
-            past[1],
-            attn_mask=self._mask_N11L,
-            scale=scale,
-        )
-        attended_THC = attended_NGRC.reshape(rows, heads, value_TGC.shape[2])
-        return attended_THC.index_select(0, self._orders[1]) if self._orders else attended_THC
+            past.append(side[: len(query_THC), : self._longest].transpose(1, 2))
+        key_NGLC, value_NGLC = past
+        if self._orders is None:
+            return attend_rows(query_THC, key_NGLC, value_NGLC, self._mask_N11L, scale)
+        of_slots, of_rows = self._orders
+        query_NHC = query_THC.index_select(0, of_slots)
+        return attend_rows(query_NHC, key_NGLC, value_NGLC, self._mask_N11L, scale).index_select(0, of_rows)

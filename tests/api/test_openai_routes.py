@@ -6,7 +6,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from starlette.background import BackgroundTask
 
 from tests import servers
 from tinsmith.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from tinsmith_api.journal import identities
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.leases import Pool
 from tinsmith_api.limits import TooMany
+from tinsmith_api.routes.openai_stream import Events
 from tinsmith_api.service import Service
 from tinsmith_api.settings import Settings
 
@@ -224,6 +226,30 @@ class Streamed:
 def fable(running: Running) -> tuple[str, list[int]]:
     text = "The cat sat on the mat, and the dog sat on the cat. " * 3
     return text, running.worker.tokenizer.encode(text)
+
+
+def test_a_reader_that_takes_nothing_is_given_up() -> None:
+    """What is kept for it would lie there for as long as it pleases."""
+    let_go = []
+
+    class Impatient(Events):
+        patience_seconds = 0.2
+
+    async def read() -> None:
+        async def never(*_: Any) -> Any:
+            await asyncio.Event().wait()
+
+        async def words() -> AsyncIterator[bytes]:
+            while True:
+                yield b"data: more"
+
+        response = Impatient(words(), background=BackgroundTask(lambda: let_go.append("its samples")))
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        async with asyncio.timeout(10):
+            await response(scope, receive=never, send=never)
+
+    asyncio.run(read())
+    assert let_go == ["its samples"]
 
 
 def test_tokens_are_read_when_they_are_sampled(running: Running, fable: tuple[str, list[int]]) -> None:

@@ -7,6 +7,7 @@ over, and what a lost one held comes with the result.
 
 import asyncio
 import base64
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 from fastapi.responses import StreamingResponse
 from pydantic_core import to_json
 from starlette.background import BackgroundTask
+from starlette.types import Message, Send
 
 from tinsmith.errors import InvalidInput
 from tinsmith.tokenizer import Tokenizer
@@ -27,8 +29,12 @@ from tinsmith_api.streams import Pieces
 
 Json = dict[str, Any]
 
+log = logging.getLogger("tinsmith")
+
 # A proxy between takes a silent connection for a dead one.
 _SILENCE_SECONDS = 10.0
+# Who takes nothing for so long is given up, and with it what is kept for it.
+_UNREAD_SECONDS = 120.0
 _READ_TOKENS = 256
 
 
@@ -102,12 +108,28 @@ def stream(
             yield _event({**head, "choices": [], "usage": samples.usage(answers.result())})
         yield b"data: [DONE]\n\n"
 
-    return StreamingResponse(
+    return Events(
         events(),
         media_type="text/event-stream",
         headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         background=BackgroundTask(samples.let_go),  # run, too, when the client has hung up
     )
+
+
+class Events(StreamingResponse):
+    """Ends, and runs its background task, if its reader takes nothing for `patience_seconds`."""
+
+    patience_seconds = _UNREAD_SECONDS
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self.patience_seconds):
+                await send(message)
+
+        try:
+            await super().stream_response(send_in_time)
+        except TimeoutError:
+            log.info("a reader of a stream takes nothing: it is given up")
 
 
 async def _written(

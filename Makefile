@@ -3,7 +3,7 @@
 # make cookbook  run every recipe and write one page of what came out
 # make test      lint, types and tests
 # make test-versions, test-vllm, compatibility, fuzz: other SDKs and clients, vLLM; see below
-# make bench-train, bench-service, bench-sample, bench-agree, bench-scale, bench-hold, bench-control, bench-load, bench-abuse,
+# make bench-train, bench-gpu, bench-service, bench-sample, bench-agree, bench-scale, bench-hold, bench-control, bench-load, bench-abuse,
 # chaos, proto, lint, gpu-check, base: see below
 
 SHELL := /bin/bash
@@ -11,7 +11,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .PHONY: install demo cookbook test test-versions test-cookbook test-vllm fuzz compatibility lint
-.PHONY: bench-train bench-service bench-sample bench-agree bench-scale bench-hold bench-control bench-load bench-abuse chaos proto gpu-check base
+.PHONY: bench-train bench-gpu bench-service bench-sample bench-agree bench-scale bench-hold bench-control bench-load bench-abuse chaos proto gpu-check base
 
 # Which Python makes the environment: the first that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -94,6 +94,19 @@ lint: install
 # with PyTorch, transformers and peft but nothing of ours: PYTHONPATH=client:api:worker python3 tests/benchmarks/train.py
 bench-train: install
 	.venv/bin/python tests/benchmarks/train.py $(ARGS)
+
+# Parts of the two benchmarks of training, each a command of nine minutes at most (PARTS="small mixture"), on a CUDA
+# machine with PyTorch, transformers and peft; the last one needs what the service needs as well.
+PARTS ?= memory,deterministic small mixture service
+bench-gpu:
+	export PYTHONPATH=.:client:api:worker
+	for parts in $(PARTS); do
+		case $$parts in
+			service) run="-m tests.benchmarks.service --shape 8B --cases one,many" ;;
+			*) run="tests/benchmarks/train.py --parts $$parts --seconds 3 --limit 500" ;;
+		esac
+		timeout 540 python3 $$run --to bench-$$parts.json || echo "$$parts: not all of it, see bench-$$parts.json"
+	done
 
 # The sampler beside transformers' generate (ARGS="--parts beside,decode"). On a CUDA machine with nothing of ours
 # installed: PYTHONPATH=client:api:worker python3 tests/benchmarks/sample.py

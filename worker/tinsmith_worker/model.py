@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch._functorch.config as functorch_config
 from torch import library, nn
-from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -439,6 +438,8 @@ class Layer:
 
 def _lean(program: Any, inputs: Any) -> Any:
     """torch's compiler, told to make anew in the backward what costs no product."""
+    from torch._inductor.compile_fx import compile_fx  # takes seconds, and CPUs never ask for it
+
     # Any budget between what that leaves of the activations and all of them means the same.
     with functorch_config.patch(activation_memory_budget=0.9):
         return compile_fx(program, inputs)

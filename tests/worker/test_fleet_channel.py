@@ -16,7 +16,7 @@ from tests.chaos.proxy import Proxy
 from tests.servers import wait_until
 from tinsmith_api.house import House
 from tinsmith_api.journal import leases
-from tinsmith_api.journal.bell import Bell, Listener
+from tinsmith_api.journal.bell import Announcer, Bell, Listener
 from tinsmith_api.journal.store import Store
 from tinsmith_api.journal.tables import workers
 from tinsmith_api.settings import Settings, open_objects
@@ -166,3 +166,27 @@ def test_a_worker_that_leaves_is_not_told_that_it_was_given_up(members: Members)
         members.journal.write(lambda c: leases.stop_worker(c, "w1")).result()
         time.sleep(LEASE_SECONDS / 4)
     assert members.given_up.empty()
+
+
+def test_tokens_wait_for_a_redis_that_is_slow_and_none_is_left_out() -> None:
+    may_send, sent = threading.Event(), []
+
+    class Slow(Announcer):
+        def _send(self, target: str, names: list[str]) -> None:
+            may_send.wait()
+            sent.extend(names)
+
+    announcer = Slow("redis://127.0.0.1:1")  # which is not asked
+
+    def pass_on() -> None:
+        for number in range(4000):
+            announcer.pass_on("api", "r", str(number))
+
+    streaming = threading.Thread(target=pass_on)
+    streaming.start()
+    time.sleep(0.1)
+    assert streaming.is_alive(), "there is no room for so many"
+    may_send.set()
+    streaming.join(20)
+    announcer.close()
+    assert sent == [f"r:{number}" for number in range(4000)]

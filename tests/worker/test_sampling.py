@@ -2,12 +2,12 @@
 
 import base64
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 
+from tests.servers import wait_until
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.operations import Operation
@@ -24,7 +24,7 @@ from tinsmith_worker.contract import (
 from tinsmith_worker.intake import Intake, SampleArrived, WeightsRead
 from tinsmith_worker.outbox import Outbox
 from tinsmith_worker.sampling import Sampling
-from tinsmith_worker.streaming import Streaming
+from tinsmith_worker.streaming import PIECES_AT_MOST, Streaming
 
 TOKENS = 10
 
@@ -158,6 +158,10 @@ def test_tokens_go_to_whoever_reads_them_until_the_sample_is_given_up() -> None:
     assert sorted(ends.finished) == ["a", "c"]
 
 
+def streamed(sent: Sequence[tuple[str, ...]]) -> list[pb.SampledPiece]:
+    return [p for words in list(sent) for p in pb.SampledPieces.FromString(base64.b64decode(words[3])).pieces]
+
+
 def test_tokens_that_nobody_takes_keep_nobody_waiting_and_are_left_out() -> None:
     may_send, sent = threading.Event(), []
 
@@ -167,17 +171,35 @@ def test_tokens_that_nobody_takes_keep_nobody_waiting_and_are_left_out() -> None
 
     streaming = Streaming(send)
     token = SampledSequence(np.full(1, 7, np.int32), np.zeros(1, np.float32), stopped=False)
-    for number in range(5000):
+    for number in range(2 * PIECES_AT_MOST):
         streaming.send("api", "r", [SampledPiece("r", 0, number, token, ends=False)])
     may_send.set()
-    deadline = time.monotonic() + 10
-    while len(sent) < 1024 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert 1024 <= len(sent) <= 1026
-    word, to, request_id, message = sent[0]
-    assert (word, to, request_id) == ("piece", "api", "r")
-    (piece,) = pb.SampledPieces.FromString(base64.b64decode(message)).pieces
-    assert (piece.start, piece.sequence.tokens, piece.ends) == (0, token.tokens.tobytes(), False)
+    wait_until(lambda: len(streamed(sent)) == PIECES_AT_MOST, 20)
+    assert {words[:3] for words in sent} == {("piece", "api", "r")}
+    found = streamed(sent)
+    assert [piece.start for piece in found] == list(range(len(found))), "the last ones are left out"
+    assert (found[0].sequence.tokens, found[0].ends) == (token.tokens.tobytes(), False)
+
+
+def test_a_moment_in_which_no_tokens_are_taken_leaves_no_gap() -> None:
+    """A reader passes over all that comes after one."""
+    may_send, sent = threading.Event(), []
+
+    def send(*words: str) -> None:
+        may_send.wait()
+        sent.append(words)
+
+    streaming = Streaming(send)
+    token = SampledSequence(np.full(1, 7, np.int32), np.zeros(1, np.float32), stopped=False)
+    for number in range(50):  # steps, of a hundred streams
+        for request in range(100):
+            name = f"r{request}"
+            streaming.send("api", name, [SampledPiece(name, 0, number, token, ends=False)])
+    may_send.set()
+    wait_until(lambda: len(streamed(sent)) == 5000, 20)
+    for request in range(100):
+        of_request = streamed([words for words in sent if words[2] == f"r{request}"])
+        assert [piece.start for piece in of_request] == list(range(50))
 
 
 def test_no_line_of_tokens_is_longer_than_who_reads_it_takes() -> None:
@@ -192,11 +214,8 @@ def test_no_line_of_tokens_is_longer_than_who_reads_it_takes() -> None:
     )
     many = [SampledPiece("r", n % 128, n // 128, token, ends=False) for n in range(128 * 64)]
     streaming.send("api", "r", many)
-    deadline = time.monotonic() + 10
-    found: list[pb.SampledPiece] = []
-    while len(found) < len(many) and time.monotonic() < deadline:
-        time.sleep(0.01)
-        found = [p for w in list(sent) for p in pb.SampledPieces.FromString(base64.b64decode(w[3])).pieces]
+    wait_until(lambda: len(streamed(sent)) == len(many), 10)
+    found = streamed(sent)
     assert [(p.index, p.start) for p in found] == [(p.index, p.start) for p in many]
     assert max(len(words[3]) for words in sent) <= 1 << 17
 

@@ -5,7 +5,6 @@ nobody ever waits for a reader either; what there is no room for is left out.
 """
 
 import base64
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -13,7 +12,8 @@ from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith_worker import answers
 from tinsmith_worker.contract import SampledPiece
 
-_MESSAGES_AT_MOST = 1024
+# That wait to be sent, of all streams.
+PIECES_AT_MOST = 1 << 14
 # Of one message: the API reads lines of a MiB at most, and has a quarter of that for one reader.
 _MESSAGE_BYTES = 32 << 10
 
@@ -24,21 +24,29 @@ class Streaming:
 
     def __init__(self, send: Callable[..., None]) -> None:
         self._send = send
-        self._waiting: queue.Queue[tuple[str, str, Sequence[SampledPiece]]] = queue.Queue(_MESSAGES_AT_MOST)
+        self._waiting: dict[tuple[str, str], list[SampledPiece]] = {}  # by whom they are for, and the sample
+        self._count = 0
+        self._changed = threading.Condition()
         threading.Thread(target=self._run, name="streaming", daemon=True).start()
 
     def send(self, to: str, request_id: str, pieces: Sequence[SampledPiece]) -> None:
         """Returns at once."""
-        try:
-            self._waiting.put_nowait((to, request_id, pieces))
-        except queue.Full:
-            return
+        with self._changed:
+            if self._count + len(pieces) <= PIECES_AT_MOST:
+                self._waiting.setdefault((to, request_id), []).extend(pieces)
+                self._count += len(pieces)
+                self._changed.notify()
 
     def _run(self) -> None:
         while True:
-            to, request_id, pieces = self._waiting.get()
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._waiting))
+                to, request_id = next(iter(self._waiting))
+                pieces = self._waiting.pop((to, request_id))
             for message in _messages(map(answers.piece, pieces)):
                 self._send("piece", to, request_id, base64.b64encode(message.SerializeToString()).decode())
+            with self._changed:
+                self._count -= len(pieces)
 
 
 def _messages(pieces: Iterable[pb.SampledPiece]) -> Iterator[pb.SampledPieces]:

@@ -25,7 +25,8 @@ JOBS_QUEUE = "tinsmith.jobs"
 
 _PAUSE_SECONDS = 0.5
 _PIECES_CHANNEL = "tinsmith.pieces"
-_PIECES_AT_MOST = 1024  # that wait to be sent; the others are left out
+_PIECES_AT_MOST = 1024  # messages of them that wait to be sent
+_ROOM_SECONDS = 0.01
 _UNACKED = (".unacked", ".unacked-index", ".unacked-mutex")  # beside each queue
 # What one message carries at most, so that no reader holds up another for long.
 _IDS = 256
@@ -157,9 +158,10 @@ class Announcer(_Sender):
         self._waiting.put((DONE_CHANNEL, request_id))
 
     def pass_on(self, to: str, request_id: str, pieces: str) -> None:
-        """Tokens of a sample, to the API process that calls itself `to`."""
-        if self._waiting.qsize() < _PIECES_AT_MOST:
-            self._waiting.put((f"{_PIECES_CHANNEL}.{to}", f"{request_id}:{pieces}"))
+        """Tokens of a sample, to the API process that calls itself `to`. Waits while too many wait."""
+        while self._waiting.qsize() >= _PIECES_AT_MOST and self._thread.is_alive():
+            time.sleep(_ROOM_SECONDS)
+        self._waiting.put((f"{_PIECES_CHANNEL}.{to}", f"{request_id}:{pieces}"))
 
     def _send(self, target: str, names: list[str]) -> None:
         self._redis.publish(target, " ".join(names))

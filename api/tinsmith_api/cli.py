@@ -101,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
             "--single-tenant",
             action="store_true",
             default=None,
-            help="train one run at a time: all of the base's weights, or another method than LoRA",
+            help="train one run at a time: all of the base's weights, cut among --nproc processes with "
+            "--parallel fsdp2, or by another method than LoRA",
         )
     jobs = commands.add_parser("jobs", help="one of a fleet's processes for background jobs")
     jobs.set_defaults(run=_jobs)

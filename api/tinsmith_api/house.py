@@ -132,7 +132,7 @@ class House:
 
     def _make(self, kind: str, subject: str, prefix: str) -> None:
         if kind == artifacts.ARCHIVE:
-            self.objects.put_stream(prefix, "archive.tar", lambda: exports.archive(self.objects, subject))
+            self.objects.put_stream(prefix, {"archive.tar": lambda: exports.archive(self.objects, subject)})
             return
         assert kind == artifacts.TRACE, kind
         find = functools.partial(ops.of_session, session_id=subject, at_most=_TRACED)

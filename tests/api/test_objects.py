@@ -174,13 +174,13 @@ def test_what_was_put_is_got_until_it_is_deleted(
 
 def test_a_file_that_comes_in_pieces_is_put_like_any_other(store: ObjectStore) -> None:
     pieces = [LARGE["large"][start : start + 70_001] for start in range(0, len(LARGE["large"]), 70_001)]
-    assert store.put_stream("made", "one", lambda: iter(pieces)) == len(LARGE["large"])
+    assert store.put_stream("made", {"one": lambda: iter(pieces)}) == len(LARGE["large"])
     assert store.get("made") == {"one": LARGE["large"]}
     assert store.entries("made")["one"].size_bytes == len(LARGE["large"])
-    assert store.put_stream("made", "one", lambda: iter([b"another"])) == len(LARGE["large"]), (
+    assert store.put_stream("made", {"one": lambda: iter([b"another"])}) == len(LARGE["large"]), (
         "the first stays"
     )
-    assert store.put_stream("nothing", "one", lambda: iter([])) == 0
+    assert store.put_stream("nothing", {"one": lambda: iter([])}) == 0
 
 
 def test_links_open_every_file_for_a_while_and_no_other(

@@ -144,7 +144,7 @@ def test_an_archive_is_made_piece_by_piece(tmp_path: Path) -> None:
     }
     store.put("adapter", adapter)
     tracemalloc.start()
-    size = store.put_stream("made", "archive.tar", lambda: exports.archive(store, "adapter"))
+    size = store.put_stream("made", {"archive.tar": lambda: exports.archive(store, "adapter")})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 64 << 20
@@ -159,6 +159,6 @@ def test_an_archive_of_a_spoiled_adapter_is_not_made(tmp_path: Path) -> None:
     store.put("adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weighty")
     with pytest.raises(Damaged, match="checksum"):
-        store.put_stream("made", "archive.tar", lambda: exports.archive(store, "adapter"))
+        store.put_stream("made", {"archive.tar": lambda: exports.archive(store, "adapter")})
     assert not (tmp_path / "made").exists()
     assert not list(tmp_path.glob(".writing-*"))

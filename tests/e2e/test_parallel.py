@@ -28,6 +28,15 @@ def group(
     assert not ranks_of(running), "somebody was left behind"
 
 
+@pytest.fixture(scope="module")
+def single_tenant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    options = ("--parallel", "fsdp2", "--nproc", "2", "--single-tenant")
+    running = RunningService(tmp_path_factory.mktemp("single"), *options, config=CONFIG)
+    yield running
+    assert running.stop() == 0, running.log_text()
+    assert not ranks_of(running), "somebody was left behind"
+
+
 def ranks_of(service: RunningService) -> dict[int, int]:
     """rank -> pid of the worker's processes; the leader, which nobody told its rank, is 0."""
     pattern = f"tinsmith_worker.*--data-dir {service.folder}( |$)"
@@ -44,7 +53,12 @@ def ranks_of(service: RunningService) -> dict[int, int]:
 
 def train(wire: Wire, service: RunningService, *, kills: tuple[int, ...] = ()) -> list[np.ndarray]:
     """The logprobs of eight steps that are all submitted at once; ranks are killed while they are executed."""
-    run = wire.run(MODEL, rank=8, seed=3)
+    return steps(wire, service, wire.run(MODEL, rank=8, seed=3), kills)
+
+
+def steps(
+    wire: Wire, service: RunningService, run: str, kills: tuple[int, ...], **adam: float
+) -> list[np.ndarray]:
     calls = []
     for step in range(8):
         data = [
@@ -52,7 +66,7 @@ def train(wire: Wire, service: RunningService, *, kills: tuple[int, ...] = ()) -
             for n in range(4)
         ]
         calls.append(wire.submit(run, 2 * step + 1, *data))
-        wire.optim(run, 2 * step + 2)
+        wire.optim(run, 2 * step + 2, **adam)
     for number, rank in enumerate(kills):
         wire.output(calls[2 * number + 1])
         os.kill(ranks_of(service)[rank], signal.SIGKILL)
@@ -86,3 +100,39 @@ def test_a_group_samples_what_one_process_samples(group: RunningService, service
         sampler = wire.result(saved)["sampling_session_id"]
         drawn.append(wire.sampled(wire.sample(sampler, 0, [5, 6, 7, 8])).sequences[0])
     assert drawn[0].tokens == drawn[1].tokens
+
+
+@pytest.mark.slow
+def test_a_killed_rank_changes_no_bit_of_full_fine_tuning_and_its_checkpoint(
+    single_tenant: RunningService,
+) -> None:
+    found = []
+    for kills in ((), (1, 0)):
+        wire = Wire(single_tenant.url, single_tenant.key)
+        session = wire.session()
+        made = wire.post(
+            "/create_model", session_id=session, model_seq_id=0, base_model=MODEL, lora_config={"rank": 0}
+        )
+        run = str(wire.result(made)["model_id"])
+        before = ranks_of(single_tenant)
+        told = steps(wire, single_tenant, run, kills, learning_rate=1e-4, grad_clip_norm=1.0)
+        assert (ranks_of(single_tenant) != before) == bool(kills)
+        path = wire.result(wire.post("/save_weights", model_id=run, seq_id=17, path="last"))["path"]
+        ((prefix,),) = single_tenant.sql("select object_prefix from checkpoints where path = ?", path)
+        files = single_tenant.objects().get(prefix)
+        wire.submit(run, 18, datum([1, 2, 3, 4, 5]))
+        wire.optim(run, 19, learning_rate=1e-2)
+        wire.result(wire.post("/load_weights", model_id=run, seq_id=20, path=path, optimizer=True))
+        again = logprobs(wire.output(wire.submit(run, 21, datum([9, 8, 7, 6, 5, 4]))))
+        saved = wire.post("/save_weights_for_sampler", model_id=run, seq_id=22, sampling_session_seq_id=0)
+        sampler = wire.result(saved)["sampling_session_id"]
+        drawn = wire.sampled(wire.sample(sampler, 0, [9, 8, 7, 6])).sequences[0].tokens
+        found.append((told, files, again, list(drawn)))
+        wire.post(f"/sessions/{session}/finish", reason={"type": "success"})
+    (calm, calm_files, calm_again, calm_drawn), (told, files, again, drawn) = found
+    for expected, of_shot_at in zip(calm, told, strict=True):
+        np.testing.assert_array_equal(expected, of_shot_at)
+    assert set(files) == {"config.json", "model.safetensors", "optimizer.safetensors", "tinsmith.json"}
+    assert files == calm_files
+    np.testing.assert_array_equal(again, calm_again)
+    assert drawn == calm_drawn

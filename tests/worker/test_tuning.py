@@ -20,7 +20,6 @@ from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec, SampleInput, Work
 from tinsmith_worker.engine import EngineSettings
 from tinsmith_worker.open_engine import Holding, open_engine
-from tinsmith_worker.parallel.launch import Place
 from tinsmith_worker.tuning.base import TunedBase
 from tinsmith_worker.tuning.engine import FULL, TunedEngine, TunedSampler
 
@@ -225,15 +224,15 @@ def expected_logprobs(model: Any, given: TrainInput) -> torch.Tensor:
 @pytest.mark.parametrize(
     "options",
     [
-        {"holding": Holding(parallel="fsdp2")},
+        {"holding": Holding(parallel="deepspeed")},
+        {"holding": Holding(parallel="fsdp2", offload=True)},
         {"holding": Holding(quantize="nf4")},
-        {"place": Place(0, 2, 0, "file:///nowhere")},
         {"exact_logprobs": True},
     ],
     ids=str,
 )
-def test_a_single_tenant_worker_of_several_processes_or_in_four_bits_is_refused(options: Any) -> None:
-    with pytest.raises(ValueError, match="a single-tenant worker is one process with a whole base"):
+def test_a_single_tenant_worker_in_four_bits_or_that_offloads_is_refused(options: Any) -> None:
+    with pytest.raises(ValueError, match="a single-tenant worker holds its base whole or cut by fsdp2"):
         open_engine("tiny", deterministic=False, pass_tokens=64, single_tenant=True, **options)
 
 

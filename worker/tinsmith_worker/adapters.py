@@ -177,6 +177,10 @@ class Adapter:
             self.moment1 = self._new_moment()
         return self.moment1
 
+    def norm_of_all(self, norm: torch.Tensor) -> torch.Tensor:
+        """The whole gradient's norm; `norm` is that of the part that lies here, which is all of it."""
+        return norm
+
     def _new_moment(self) -> torch.Tensor:
         return torch.zeros_like(self.weights)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
+from tinsmith.errors import InvalidInput
 from tinsmith_api.journal import age, metrics, snapshots, usage
 from tinsmith_api.journal import operations as ops
 from tinsmith_api.journal.checkpoints import forget_garbage
@@ -21,8 +22,9 @@ from tinsmith_api.journal.objects import Body, ObjectStore
 from tinsmith_api.journal.operations import LeaseLost, Operation
 from tinsmith_api.journal.snapshots import Unfinished
 from tinsmith_api.journal.store import Store
-from tinsmith_worker import answers, checkpoints
+from tinsmith_worker import answers, checkpoints, in_pieces
 from tinsmith_worker.contract import AdapterState, Failure, StateOnTheWay
+from tinsmith_worker.in_pieces import Held
 from tinsmith_worker.outbox import Outbox
 
 log = logging.getLogger("tinsmith.worker")
@@ -113,9 +115,12 @@ class Archive:
         def write() -> None:
             try:
                 state = _as_saved(copy.arrival.result(), with_optimizer=operation.kind == ops.SAVE_WEIGHTS)
-                size = self._put(given["object_prefix"], self._files(given, state), until)
+                size = self._put(given["object_prefix"], given, state, until)
             except Exception as error:
                 if self._is_hurried:
+                    return
+                if isinstance(error, InvalidInput):
+                    self._outbox.failure(operation, Failure(str(error)))
                     return
                 # A full disk is the world's error: a line says it all.
                 log.error(
@@ -137,6 +142,18 @@ class Archive:
 
         self._submit(copy, write)
 
+    def _writing(self, prefix: str, given: Json, state: AdapterState) -> Callable[[], int]:
+        if not isinstance(state, Held):
+            files = self._files(given, state)
+            return lambda: self._objects.put(prefix, files)
+        is_export = given["kind"] == "external_weights"
+        if is_export and given.get("age_encryption_recipients"):
+            raise InvalidInput(
+                "weights that are cut among several processes are not encrypted: leave out the recipients"
+            )
+        pieces = in_pieces.export(state) if is_export else in_pieces.write(state)
+        return lambda: self._objects.put_stream(prefix, pieces)
+
     def _files(self, given: Json, state: AdapterState) -> dict[str, Body]:
         if given["kind"] != "external_weights":
             return checkpoints.write(state, self._base_model)
@@ -144,11 +161,12 @@ class Archive:
         recipients = given.get("age_encryption_recipients")
         return age.encrypt(files, age.read_recipients(recipients)) if recipients else files
 
-    def _put(self, prefix: str, files: dict[str, Body], until: float) -> int:
+    def _put(self, prefix: str, given: Json, state: AdapterState, until: float) -> int:
+        write = self._writing(prefix, given, state)
         pause = 0.1
         while True:
             try:
-                return self._objects.put(prefix, files)
+                return write()
             except OSError as error:
                 if self._is_hurried or time.monotonic() + pause > until:
                     raise
@@ -190,7 +208,7 @@ class Archive:
             try:
                 # If this process dies before it is recorded, somebody has to know of the files.
                 self._journal.write(lambda c: snapshots.announce(c, key)).result()
-                self._objects.put(key, checkpoints.write(copy.arrival.result(), self._base_model))
+                self._writing(key, {"kind": "snapshot"}, copy.arrival.result())()
                 results_handed_over.result()
                 before = self._journal.write(
                     lambda c: snapshots.record(

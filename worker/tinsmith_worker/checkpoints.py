@@ -7,10 +7,11 @@ optimizer.safetensors                            moment1, moment2, gradient [P],
 tinsmith.json                                    the spec, and where every tensor lies in the flat buffers
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors
@@ -35,7 +36,14 @@ _FOR_TORCH = {"format": "pt"}  # transformers and PEFT want to be told
 FILE_BYTES = 4 << 30
 _SPOILED = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, safetensors.SafetensorError)
 _MAX_GAP = 1024  # elements between two tensors, where an engine aligns them
-_Tensors = tuple[tuple[str, int, tuple[int, ...]], ...]
+Layout = tuple[tuple[str, int, tuple[int, ...]], ...]
+Values = TypeVar("Values", bound="_Values")
+File = TypeVar("File")
+
+
+class _Values(Protocol):
+    @property
+    def nbytes(self) -> int: ...
 
 
 def write(state: AdapterState, base_model: str, *, file_bytes: int = FILE_BYTES) -> dict[str, Body]:
@@ -43,14 +51,7 @@ def write(state: AdapterState, base_model: str, *, file_bytes: int = FILE_BYTES)
     weights = {name: _at(state.weights, offset, shape) for name, offset, shape in state.tensors}
     files = {
         **_readable(state, weights, base_model, file_bytes),
-        SPEC: _json(
-            {
-                "format": _FORMAT,
-                "spec": vars(state.spec),
-                "size": state.weights.size,
-                "tensors": state.tensors,
-            }
-        ),
+        SPEC: spec_file(state, state.weights.size),
     }
     optimizer = {
         name: np.ascontiguousarray(flat)
@@ -60,6 +61,11 @@ def write(state: AdapterState, base_model: str, *, file_bytes: int = FILE_BYTES)
     if optimizer or state.step:
         files[OPTIMIZER] = _safetensors({"step": np.array([state.step], np.int64)} | optimizer)
     return files
+
+
+def spec_file(state: AdapterState, size: int) -> bytes:
+    """`size`: of its flat arrays."""
+    return _json({"format": _FORMAT, "spec": vars(state.spec), "size": size, "tensors": state.tensors})
 
 
 def export(state: AdapterState, base_model: str) -> dict[str, Body]:
@@ -82,16 +88,22 @@ def _readable(
 ) -> dict[str, Body]:
     """The files that others load."""
     if state.spec.method == "full":
-        return {MODEL_CONFIG: state.config.encode(), **_in_files(weights, file_bytes)}
+        return {MODEL_CONFIG: state.config.encode(), **in_files(weights, file_bytes, _safetensors, bytes)}
     config = _peft_config(state, base_model)
     if state.config:
         config = json.loads(state.config) | {"base_model_name_or_path": base_model}
     return {CONFIG: _json(config), WEIGHTS: _safetensors(weights, _FOR_TORCH)}
 
 
-def _in_files(weights: dict[str, Float32], file_bytes: int) -> dict[str, Body]:
-    """A whole model's weights as transformers looks for them: one file, or several and their index."""
-    parts: list[dict[str, Float32]] = [{}]
+def in_files(
+    weights: Mapping[str, Values],
+    file_bytes: int,
+    save: Callable[[Mapping[str, Values], Mapping[str, str]], File],
+    as_file: Callable[[bytes], File],
+) -> dict[str, File]:
+    """A whole model's weights as transformers looks for them: one file, or several and their index. `save`:
+    what makes a file of tensors, `as_file` one of bytes."""
+    parts: list[dict[str, Values]] = [{}]
     room = file_bytes
     for name, values in weights.items():
         if values.nbytes > room and parts[-1]:
@@ -100,15 +112,15 @@ def _in_files(weights: dict[str, Float32], file_bytes: int) -> dict[str, Body]:
         parts[-1][name] = values
         room -= values.nbytes
     if len(parts) == 1:
-        return {MODEL: _safetensors(weights, _FOR_TORCH)}
-    files: dict[str, Body] = {}
+        return {MODEL: save(weights, _FOR_TORCH)}
+    files: dict[str, File] = {}
     place: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        files[file] = _safetensors(part, _FOR_TORCH)
+        files[file] = save(part, _FOR_TORCH)
         place |= dict.fromkeys(part, file)
     total = sum(values.nbytes for values in weights.values())
-    return {INDEX: _json({"metadata": {"total_size": total}, "weight_map": place}), **files}
+    return {INDEX: as_file(_json({"metadata": {"total_size": total}, "weight_map": place})), **files}
 
 
 def _safetensors(
@@ -116,21 +128,27 @@ def _safetensors(
 ) -> memoryview:
     """A file as the library's `save` makes it, but without Python's lock: that one holds it while it copies
     gigabytes, and nobody launches a kernel meanwhile. Wider types have to come first: all are aligned."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, values in tensors.items():
-        start, end = end, end + values.nbytes
-        dtype = {"float32": "F32", "int64": "I64"}[values.dtype.name]
-        header[name] = {"dtype": dtype, "shape": values.shape, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    body = np.empty(8 + len(text) + end, np.uint8)
-    parts = [np.array([len(text)], "<u8"), np.frombuffer(text, np.uint8), *tensors.values()]
+    first = header(tensors, metadata)
+    body = np.empty(len(first) + sum(values.nbytes for values in tensors.values()), np.uint8)
+    parts = [np.frombuffer(first, np.uint8), *tensors.values()]
     start = 0
     for part in parts:
         body[start : start + part.nbytes] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
         start += part.nbytes
     return body.data
+
+
+def header(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None) -> bytes:
+    """What such a file begins with; `tensors` are arrays, or what says of itself what they would."""
+    about: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, values in tensors.items():
+        start, end = end, end + values.nbytes
+        dtype = {"float32": "F32", "int64": "I64"}[values.dtype.name]
+        about[name] = {"dtype": dtype, "shape": values.shape, "data_offsets": (start, end)}
+    text = json.dumps(about, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return np.array([len(text)], "<u8").tobytes() + text
 
 
 def _load(file: Body) -> dict[str, Any]:
@@ -143,8 +161,14 @@ def _experts(state: AdapterState) -> int:
 
 def read(files: Mapping[str, Body]) -> AdapterState:
     """The adapter in `files`; InvalidInput if one is missing or is not what `write` makes."""
-    try:
+    with _spoiled_told():
         return _read(files)
+
+
+@contextlib.contextmanager
+def _spoiled_told() -> Iterator[None]:
+    try:
+        yield
     except InvalidInput:
         raise
     except KeyError as missing:
@@ -153,35 +177,44 @@ def read(files: Mapping[str, Body]) -> AdapterState:
         raise InvalidInput(f"this is no adapter checkpoint: {error}") from None
 
 
+def read_spec(body: Body) -> tuple[LoraSpec, Layout, int]:
+    """What the file SPEC says: the spec, and where every tensor lies in flat arrays of which size.
+    InvalidInput if it is none."""
+    with _spoiled_told():
+        about = json.loads(bytes(body))
+        expect(about["format"] == _FORMAT, f"{SPEC} is of format {about['format']}, not {_FORMAT}")
+        spec = LoraSpec(**about["spec"])
+        _check_spec(spec)
+        tensors = tuple(
+            (str(name), _integer(offset), tuple(map(_integer, shape)))
+            for name, offset, shape in about["tensors"]
+        )
+        size = _integer(about["size"])
+        _check_layout(tensors, size)
+        return spec, tensors, size
+
+
 def _read(files: Mapping[str, Body]) -> AdapterState:
-    about = json.loads(bytes(files[SPEC]))
-    _expect(about["format"] == _FORMAT, f"{SPEC} is of format {about['format']}, not {_FORMAT}")
-    spec = LoraSpec(**about["spec"])
-    _check_spec(spec)
-    tensors = tuple(
-        (str(name), _integer(offset), tuple(map(_integer, shape))) for name, offset, shape in about["tensors"]
-    )
-    size = _integer(about["size"])
-    _check_layout(tensors, size)
+    spec, tensors, size = read_spec(files[SPEC])
     given = _weights_in(files, spec)
     # All of it before the buffer is made: what the file really holds bounds what is allocated.
     for name, _, shape in tensors:
-        _expect(
+        expect(
             given[name].shape == shape and given[name].dtype == np.float32, f"{name} is not float32 {shape}"
         )
-    _expect(len(given) == len(tensors), f"its files hold tensors that {SPEC} does not name")
+    expect(len(given) == len(tensors), f"its files hold tensors that {SPEC} does not name")
     weights = np.zeros(size, np.float32)
     for name, offset, shape in tensors:
         _at(weights, offset, shape)[...] = given[name]
     optimizer = _load(files[OPTIMIZER]) if OPTIMIZER in files else {}
     for name, values in optimizer.items():
         expected = ((1,), "int64") if name == "step" else ((size,), "float32")
-        _expect(
+        expect(
             (values.shape, values.dtype.name) == expected,
             f"{name} is not {expected[1]} {expected[0]}",
         )
     step = int(optimizer["step"][0]) if optimizer else 0
-    _expect(step >= 0, f"its step is {step}")
+    expect(step >= 0, f"its step is {step}")
     return AdapterState(
         spec=spec,
         tensors=tensors,
@@ -203,24 +236,24 @@ def _weights_in(files: Mapping[str, Body], spec: LoraSpec) -> dict[str, Float32]
 
 
 def _check_spec(spec: LoraSpec) -> None:
-    _expect(isinstance(spec.method, str) and isinstance(spec.settings, dict), "it names no method")
-    _expect((_integer(spec.rank) > 0) == (spec.method == "lora"), f"its rank is {spec.rank}")
+    expect(isinstance(spec.method, str) and isinstance(spec.settings, dict), "it names no method")
+    expect((_integer(spec.rank) > 0) == (spec.method == "lora"), f"its rank is {spec.rank}")
     _integer(spec.seed)
     for name in ("train_attn", "train_mlp", "train_unembed"):
-        _expect(isinstance(getattr(spec, name), bool), f"{name} is neither true nor false")
+        expect(isinstance(getattr(spec, name), bool), f"{name} is neither true nor false")
 
 
-def _check_layout(tensors: _Tensors, size: int) -> None:
+def _check_layout(tensors: Layout, size: int) -> None:
     """One after another within `size`, which is what gets allocated: hardly more than they need."""
     end = 0
     for name, offset, shape in tensors:
-        _expect(
+        expect(
             end <= offset <= end + _MAX_GAP and all(n > 0 for n in shape),
             f"{name} lies at {offset}, the tensor before it ends at {end}",
         )
         end = offset + math.prod(shape)
-    _expect(end <= size <= end + _MAX_GAP, f"its tensors end at {end}, its size is {size}")
-    _expect(len({name for name, _, _ in tensors}) == len(tensors), "it names a tensor twice")
+    expect(end <= size <= end + _MAX_GAP, f"its tensors end at {end}, its size is {size}")
+    expect(len({name for name, _, _ in tensors}) == len(tensors), "it names a tensor twice")
 
 
 def _integer(value: object) -> int:
@@ -230,7 +263,8 @@ def _integer(value: object) -> int:
     return value
 
 
-def _expect(condition: bool, otherwise: str) -> None:
+def expect(condition: bool, otherwise: str) -> None:
+    """InvalidInput with what is wrong with a checkpoint."""
     if not condition:
         raise InvalidInput(f"this is no adapter checkpoint: {otherwise}")
 

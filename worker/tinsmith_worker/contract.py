@@ -206,6 +206,7 @@ class ModelFacts:
 
 class Engine(Protocol):
     facts: ModelFacts
+    has_states_in_pieces: bool  # its states are `in_pieces.Held`, and it is given `in_pieces.Stored`
 
     @property
     def memory_bytes(self) -> int:

@@ -98,6 +98,7 @@ class TorchEngine:
     """Keeps `contract.Engine`. One thread."""
 
     _ranks = 1
+    has_states_in_pieces = False
 
     def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
         self.base = base
@@ -241,11 +242,14 @@ class TorchEngine:
     def load(self, run_id: str, state: AdapterState, *, optimizer: bool) -> None:
         self._last_steps.get()
         adapter = self._adapters[run_id]
-        ours, theirs = _described(adapter.spec), _described(state.spec)
-        if ours != theirs:
-            raise InvalidInput(f"the checkpoint is of an adapter of {theirs}, this run's is of {ours}")
+        self._check_alike(adapter.spec, state.spec)
         adapter.take(state, optimizer=optimizer)
         adapter.clear_gradient()
+
+    def _check_alike(self, of_run: LoraSpec, of_checkpoint: LoraSpec) -> None:
+        ours, theirs = _described(of_run), _described(of_checkpoint)
+        if ours != theirs:
+            raise InvalidInput(f"the checkpoint is of an adapter of {theirs}, this run's is of {ours}")
 
     def _check_rank(self, spec: LoraSpec) -> None:
         if not 1 <= spec.rank <= self.facts.max_rank:

@@ -26,7 +26,7 @@ from tinsmith_api.journal.leases import Lease
 from tinsmith_api.journal.objects import Damaged, ObjectStore
 from tinsmith_api.journal.operations import Operation
 from tinsmith_api.journal.store import Store
-from tinsmith_worker import checkpoints
+from tinsmith_worker import checkpoints, in_pieces
 from tinsmith_worker.contract import AdapterState, Failure, ModelFacts, SampleInput
 from tinsmith_worker.targets import asked
 
@@ -182,6 +182,7 @@ class Intake:
         *,
         patience_seconds: float = 120.0,
         check: Callable[[TrainInput], None] = lambda given: None,
+        reads_in_pieces: bool = False,
     ) -> None:
         self.journal = journal
         self.objects = objects
@@ -191,6 +192,7 @@ class Intake:
         self.inbox = inbox
         self.patience_seconds = patience_seconds
         self.check = check
+        self.reads_in_pieces = reads_in_pieces
         self.known: dict[str, int] = {}
         self.sampling: set[str] = set()
         self.ahead: dict[str, int] = {}
@@ -361,7 +363,7 @@ class Intake:
                 return False
             key = lease.snapshot_key
             try:
-                snapshot = checkpoints.read(self.objects.get(key))
+                snapshot = self._read(key)
             except OSError:
                 raise
             except Exception as error:
@@ -444,11 +446,14 @@ class Intake:
     def load(self, object_prefix: str) -> AdapterState:
         """A checkpoint's adapter; InvalidInput if its files are not whole."""
         try:
-            return self._patiently(
-                lambda: checkpoints.read(self.objects.get(object_prefix)), self.patience_seconds
-            )
+            return self._patiently(lambda: self._read(object_prefix), self.patience_seconds)
         except Damaged as error:
             raise InvalidInput(f"the checkpoint's files are gone or damaged: {error}") from None
+
+    def _read(self, prefix: str) -> AdapterState:
+        if self.reads_in_pieces:
+            return in_pieces.open_stored(self.objects, prefix)
+        return checkpoints.read(self.objects.get(prefix))
 
     def _patiently(self, read: Callable[[], AdapterState], seconds: float) -> AdapterState:
         """Again and again while the object store does not answer."""

@@ -26,6 +26,8 @@ from tinsmith_worker.contract import (
 class NullEngine:
     """Log probabilities are 0, adapters hold one number: the count of their optimizer steps."""
 
+    has_states_in_pieces = False
+
     def __init__(self) -> None:
         self.facts = ModelFacts(
             vocab_size=1 << 20, max_context_length=1 << 17, architecture="null", tokenizer=""

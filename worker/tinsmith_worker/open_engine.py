@@ -66,10 +66,10 @@ def open_engine(
     in the leader, and ends the process of a follower. `single_tenant`: runs train all weights, or by another
     method than LoRA."""
     holding.check()
-    if single_tenant and (place is not None or holding != Holding() or exact_logprobs):
+    if single_tenant and (holding not in (Holding(), Holding("fsdp2")) or exact_logprobs):
         raise ValueError(
-            "a single-tenant worker is one process with a whole base: leave out nproc, parallel, offload, "
-            "quantize and exact_logprobs"
+            "a single-tenant worker holds its base whole or cut by fsdp2: leave out parallel deepspeed, "
+            "offload, quantize and exact_logprobs"
         )
     if exact_logprobs and holding.is_cut:
         raise ValueError("exact logprobs are scored by one process: they need parallel none")
@@ -79,17 +79,14 @@ def open_engine(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     settings = EngineSettings(max_tokens_per_pass=pass_tokens, deterministic=deterministic)
     device = _device(place.local_rank if place else 0)
-    if single_tenant:
-        return _open_tuned(path, settings, role, device)
     group = Group(place, device) if place else None
+    if single_tenant:
+        return _open_tuned(path, settings, role, device, group, holding)
     base = read_base(path, holding, group, device)
     engine = TorchEngine(base, settings)
     if group is not None:
         engine = GroupEngine(base, group, settings)
-        if not group.leads:
-            engine.follow()
-            group.close()
-            raise SystemExit
+        _follow(engine, group)
     on_gpu = device.type == "cuda"
     if on_gpu and (role != "sample" or exact_logprobs):
         engine.warm_up()
@@ -108,19 +105,47 @@ def open_engine(
     return engine, sampler
 
 
+def _follow(engine: GroupEngine, group: Group) -> None:
+    """Unless this process is the leader, do what that one does, and end."""
+    if group.leads:
+        return
+    engine.follow()
+    group.close()
+    raise SystemExit
+
+
 def _open_tuned(
-    path: str, settings: EngineSettings, role: str, device: torch.device
+    path: str,
+    settings: EngineSettings,
+    role: str,
+    device: torch.device,
+    group: Group | None,
+    holding: Holding,
 ) -> tuple[Engine, Sampler]:
     # PEFT takes a second or two to import, and no other worker needs it.
     from tinsmith_worker.tuning.base import TunedBase
     from tinsmith_worker.tuning.engine import TunedEngine, TunedSampler
+    from tinsmith_worker.tuning.group import ShardedTunedEngine, ShardedTunedSampler, TunedGroupEngine
+    from tinsmith_worker.tuning.shards import ShardedTunedBase
 
-    base = TunedBase.load(path, device=device, dtype=_dtype(device))
-    engine = TunedEngine(base, settings)
+    engine: TunedEngine
+    if holding.is_cut and group is not None:
+        cut = ShardedTunedBase(read_sharded(path, group, dtype=_dtype(device)), group, tokenizer=path)
+        engine = ShardedTunedEngine(cut, group, settings)
+    else:
+        base = TunedBase.load(path, device=device, dtype=_dtype(device))
+        engine = TunedGroupEngine(base, group, settings) if group else TunedEngine(base, settings)
+    if group is not None:
+        assert isinstance(engine, GroupEngine)
+        _follow(engine, group)
     if role == "train":
         return engine, NullSampler()
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    return engine, TunedSampler(base, tokenizer)
+    if isinstance(engine, ShardedTunedEngine):
+        # They lie in host memory, and none ever leaves the model's.
+        sampling = SamplerSettings(adapter_bytes=1 << 62)
+        return engine, ShardedTunedSampler(engine.base, tokenizer, sampling)
+    return engine, TunedSampler(engine.base, tokenizer)
 
 
 def _device(number: int) -> torch.device:

@@ -54,11 +54,11 @@ def _begin(adapter: Adapter, params: OptimizerParams) -> torch.Tensor | Failure:
     assert gradient is not None
     adapter.has_gradient = False
     if isinstance(params, AdamParams) and gradient.is_cuda and triton_kernels() is not None:
-        norm = torch.linalg.vector_norm(gradient)
+        norm = adapter.norm_of_all(torch.linalg.vector_norm(gradient))
         _adamw_in_one_kernel(adapter, gradient, norm, params)
         return norm
     # In parts, as float32 sums of millions would be rounded off.
-    norm = torch.nn.utils.get_total_norm(gradient.split(1 << 16))
+    norm = adapter.norm_of_all(torch.nn.utils.get_total_norm(gradient.split(1 << 16)))
     if torch.isfinite(norm):
         if params.grad_clip_norm > 0:
             gradient.mul_((params.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -151,6 +151,7 @@ class Worker:
             self.inbox,
             patience_seconds=settings.storage_patience_seconds,
             check=engine.check,
+            reads_in_pieces=engine.has_states_in_pieces,
         )
         self.outbox = Outbox(
             journal,

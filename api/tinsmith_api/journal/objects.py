@@ -43,8 +43,9 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
-        """As `put`, of one file that is never in memory as a whole. `pieces` may be asked for it twice."""
+    def put_stream(self, prefix: str, files: Mapping[str, Callable[[], Iterator[Body]]]) -> int:
+        """As `put`, of files that are never in memory as a whole. Each may be asked for its pieces twice, on
+        any thread."""
         ...
 
     def get(self, prefix: str) -> dict[str, bytes]:
@@ -131,11 +132,11 @@ class DirectoryStore:
         self._sync_parents(prefix)
         return sum(len(body) for body in (whole or files).values())
 
-    def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
+    def put_stream(self, prefix: str, files: Mapping[str, Callable[[], Iterator[Body]]]) -> int:
         if not (self._folder(prefix) / MANIFEST).exists():  # appears with all the others, or not at all
-            self._write(prefix, {name: pieces})
+            self._write(prefix, files)
         self._sync_parents(prefix)
-        return self.entries(prefix)[name].size_bytes
+        return sum(entry.size_bytes for entry in self.entries(prefix).values())
 
     def get(self, prefix: str) -> dict[str, bytes]:
         folder = self._folder(prefix)

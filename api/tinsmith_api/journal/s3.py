@@ -86,12 +86,9 @@ class S3Store:
             raise Unavailable(_advice(self._bucket, endpoint, error)) from error
 
     def put(self, prefix: str, files: Mapping[str, Body]) -> int:
-        return self._put(prefix, {name: pieces_of(body) for name, body in files.items()})
+        return self.put_stream(prefix, {name: pieces_of(body) for name, body in files.items()})
 
-    def put_stream(self, prefix: str, name: str, pieces: Callable[[], Iterator[bytes]]) -> int:
-        return self._put(prefix, {name: pieces})
-
-    def _put(self, prefix: str, files: Mapping[str, Callable[[], Iterator[Body]]]) -> int:
+    def put_stream(self, prefix: str, files: Mapping[str, Callable[[], Iterator[Body]]]) -> int:
         with _translated(f"{prefix} cannot be written"):
             if (size_bytes := self._size_if_whole(prefix)) is not None:
                 return size_bytes  # this save was executed before, up to its end

@@ -59,6 +59,15 @@ class GroupEngine(TorchEngine):
 
     def follow(self) -> None:
         """On all ranks but the leader's: do what it does until it closes."""
+        does = self._verbs()
+        while True:
+            verb, given = self._group.hear()
+            if verb == "close":
+                return
+            with all_or_none():
+                does[verb](*given)
+
+    def _verbs(self) -> dict[str, Callable[..., object]]:
         does: dict[str, Callable[..., object]] = {
             "compile": self.base.compile,
             "keep": self._keep,
@@ -71,12 +80,7 @@ class GroupEngine(TorchEngine):
         }
         if isinstance(self.base, ShardedBase):
             does["accompany"] = functools.partial(self.base.accompany, train=False)
-        while True:
-            verb, given = self._group.hear()
-            if verb == "close":
-                return
-            with all_or_none():
-                does[verb](*given)
+        return does
 
     def close(self) -> None:
         super().close()

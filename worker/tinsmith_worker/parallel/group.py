@@ -29,6 +29,9 @@ from tinsmith_worker.parallel.launch import Place
 
 log = logging.getLogger("tinsmith.worker")
 
+# PyTorch 2.13 has new names for them.
+_GATHER: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_SUM_AND_DEAL: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # How long a leader may have nothing to say. Its end is noticed at once: the connection closes.
 _FOR_EVER = timedelta(days=3650)
 _ALIGNMENT = 8
@@ -93,6 +96,27 @@ class Group:
         with all_or_none():
             dist.broadcast(flat, 0)
 
+    def gather(self, whole: torch.Tensor, rows: torch.Tensor) -> None:
+        """Replace `whole` on every rank by all ranks' `rows`, in their order."""
+        with all_or_none():
+            _GATHER(whole, rows)
+
+    def sum_and_deal(self, rows: torch.Tensor, whole: torch.Tensor) -> None:
+        """Replace `rows` by the rank's own of the sum of all ranks' `whole`."""
+        with all_or_none():
+            _SUM_AND_DEAL(rows, whole)
+
+    def deal(self, rows: torch.Tensor, whole: torch.Tensor | None) -> None:
+        """Replace `rows`, in host memory and of one shape on every rank, by the rank's own of the leader's
+        `whole`, behind whose last one there are zeros."""
+        parts = None
+        if whole is not None:
+            filled = whole.new_zeros((self.ranks * len(rows), *rows.shape[1:]))
+            filled[: len(whole)] = whole
+            parts = list(filled.chunk(self.ranks))
+        with all_or_none():
+            dist.scatter(rows, parts, 0, group=self._words)
+
     def least(self, number: int) -> int:
         """The least of all ranks' numbers."""
         found = torch.tensor([number])
@@ -118,8 +142,28 @@ class Group:
                 found.append(_unpack(header, received.numpy()))
         return found
 
+    def another_channel(self) -> "Channel":
+        """For threads of their own. All ranks make it together."""
+        return Channel(dist.new_group(backend="gloo", timeout=_FOR_EVER))
+
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+class Channel:
+    """Tensors of the hosts' memory from one rank to another, on one thread of each."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        with all_or_none():
+            dist.send(tensor, rank, group=self._group)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        """Into `tensor`."""
+        with all_or_none():
+            dist.recv(tensor, rank, group=self._group)
 
 
 @contextlib.contextmanager

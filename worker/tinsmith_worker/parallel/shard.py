@@ -17,7 +17,7 @@ from tinsmith_worker.model import Base, decoder_layers
 from tinsmith_worker.parallel.group import Group, all_or_none
 from tinsmith_worker.stream import Stream
 
-_IDLE_ROWS = 64
+IDLE_ROWS = 64
 
 
 def shard(model: Any, group: Group, *, offload: bool = False) -> Any:
@@ -55,8 +55,8 @@ class ShardedBase(Base):
 
     def accompany(self, *, train: bool) -> None:
         """A pass over nothing that counts, so that others can gather the layers for theirs."""
-        rows_T = torch.arange(_IDLE_ROWS, device=self.device)
-        attention = CausalSequences(np.array([_IDLE_ROWS]), is_deterministic=self.is_deterministic)
+        rows_T = torch.arange(IDLE_ROWS, device=self.device)
+        attention = CausalSequences(np.array([IDLE_ROWS]), is_deterministic=self.is_deterministic)
         with torch.set_grad_enabled(train):
             hidden_TD = self.forward(Stream(torch.zeros_like(rows_T), rows_T, (), attention))
         if train:

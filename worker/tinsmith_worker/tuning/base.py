@@ -78,12 +78,15 @@ class TunedBase(Base):
         assert adapter is None or isinstance(adapter, Tuned)
         self._become(adapter)
         if adapter is not None and torch.is_grad_enabled():
-            kind = f"{adapter.spec.method} {adapter.spec.settings}"
-            if (known := self._kept_by.get(kind)) is None:
-                known = self.activations = self._kept_by[kind] = Activations(self.activations.layers)
-                self._learn(adapter)
-            self.activations = known
+            self._look_up_activations(adapter)
         return super().forward(stream, only_forward=only_forward)
+
+    def _look_up_activations(self, adapter: Tuned) -> None:
+        kind = f"{adapter.spec.method} {adapter.spec.settings}"
+        if (known := self._kept_by.get(kind)) is None:
+            known = self.activations = self._kept_by[kind] = Activations(self.activations.layers)
+            self._learn(adapter)
+        self.activations = known
 
     def _learn(self, adapter: Tuned) -> None:
         """How much the layers keep of a token, by a pass too small to be in the way: else the first one would
@@ -92,7 +95,7 @@ class TunedBase(Base):
         rows_T = torch.arange(rows, device=self.device)
         attention = CausalSequences(np.array([rows]), is_deterministic=self.is_deterministic)
         segment = Segment(0, rows, adapter)
-        super().forward(Stream(torch.zeros_like(rows_T), rows_T, (segment,), attention))
+        Base.forward(self, Stream(torch.zeros_like(rows_T), rows_T, (segment,), attention))
 
     def _deltas(self, segments: Sequence[Segment], rows: int, *, train: bool) -> dict[Kind, Deltas]:
         return {}

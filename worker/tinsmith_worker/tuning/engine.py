@@ -10,7 +10,7 @@ from tinsmith.errors import InvalidInput
 from tinsmith.wire.batch import TrainOutput
 from tinsmith_worker.adapters import elements
 from tinsmith_worker.contract import Answer, LoraSpec, Work
-from tinsmith_worker.engine import EngineSettings, TorchEngine
+from tinsmith_worker.engine import TorchEngine
 from tinsmith_worker.sampler import TorchSampler
 from tinsmith_worker.sampler.requests import Request
 from tinsmith_worker.tuning.base import TunedBase
@@ -22,9 +22,6 @@ class TunedEngine(TorchEngine):
     """Keeps `contract.Engine`."""
 
     base: TunedBase
-
-    def __init__(self, base: TunedBase, settings: EngineSettings | None = None) -> None:
-        super().__init__(base, settings)
 
     @property
     def memory_bytes(self) -> int:

@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.worker import tiny
 from tinsmith.errors import InvalidInput
-from tinsmith_worker import lora
+from tinsmith_worker import packed
 from tinsmith_worker.contract import LoraSpec, SampleInput, SampleOutput
 from tinsmith_worker.engine import TorchEngine
 from tinsmith_worker.model import Base
@@ -153,7 +153,7 @@ def test_without_a_c_compiler_triton_is_left_alone(monkeypatch: pytest.MonkeyPat
     """Its kernels are compiled where they run; an image may hold nothing to do so."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert lora.triton_kernels.__wrapped__() is None
+    assert packed.triton_kernels.__wrapped__() is None
 
 
 def test_heads_whose_values_are_narrower_than_their_queries_train_and_sample_as_in_transformers() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.worker import tiny
-from tinsmith_worker import lora
+from tinsmith_worker import packed
 from tinsmith_worker.contract import AdamParams, LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.stream import Segment
@@ -191,15 +191,15 @@ def test_rows_of_a_pass_are_cut_into_tiles_and_chunks_from_where_each_segment_be
     """So that an adapter's sums are the same wherever its rows are."""
     base = tiny.base()
     one, two = (base.new_adapter(LoraSpec(8, seed)) for seed in (0, 1))
-    segments = [Segment(10, 80, one), Segment(80, 90, one), Segment(90, 91 + 2 * lora.CHUNK_ROWS, two)]
+    segments = [Segment(10, 80, one), Segment(80, 90, one), Segment(90, 91 + 2 * packed.CHUNK_ROWS, two)]
     number = {id(one): 0, id(two): 1}
     rows = segments[-1].stop + 5
-    tiles = lora.tiles(segments, number, rows)
+    tiles = packed.tiles(segments, number, rows)
     assert tiles[:5].tolist() == [[0, 10, -1], [10, 74, 0], [74, 80, 0], [80, 90, 0], [90, 154, 1]]
     assert tiles[-1].tolist() == [rows - 5, rows, -1]
     assert (tiles[1:, 0] == tiles[:-1, 1]).all(), "no row is left out"
-    chunks, spans = lora.chunks(segments, number)
+    chunks, spans = packed.chunks(segments, number)
     assert chunks[:, 2:].tolist() == [[0, 0], [0, 1], [1, 2], [1, 3], [1, 4]]
     assert spans.tolist() == [[0, 0, 2], [1, 2, 5]]
-    alone, none = lora.chunks(segments[1:2], number)
+    alone, none = packed.chunks(segments[1:2], number)
     assert (alone.tolist(), len(none)) == ([[80, 90, 0, -1]], 0), "one chunk is added to the gradient at once"

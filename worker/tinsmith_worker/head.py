@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tinsmith_worker.adapters import Adapter
-from tinsmith_worker.lora import accumulate, triton_kernels
+from tinsmith_worker.lora import accumulate
+from tinsmith_worker.packed import triton_kernels
 from tinsmith_worker.stream import Segment
 
 # Logits of one chunk: 2^28 float32 are 1 GB.

@@ -7,30 +7,30 @@ import collections
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 import torch._functorch.config as functorch_config
-from torch import library, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tinsmith.errors import InvalidInput
+from tinsmith_worker import attention_call
 from tinsmith_worker.activations import Activations, Keeping
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, Site
 from tinsmith_worker.attention import CausalSequences
+from tinsmith_worker.attention_call import Caller
 from tinsmith_worker.contract import AdapterState, LoraSpec, ModelFacts
 from tinsmith_worker.copies import free_bytes
 from tinsmith_worker.experts import Mixture, expert_sites, is_mixture, trouble
 from tinsmith_worker.four_bit import is_four_bit, read_four_bit
 from tinsmith_worker.head import Head
-from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, owner_of, register, triton_kernels
+from tinsmith_worker.lora import Current, Deltas, Group, Pass, deltas, register
+from tinsmith_worker.packed import triton_kernels
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
-
-_ATTENTION = "tinsmith"
 
 
 class Base:
@@ -71,7 +71,7 @@ class Base:
         inputs, outputs, group = output.weight.shape[1], output.weight.shape[0], self.sites[-1].group + 1
         self.head = Head(group, output.weight, output.bias)
         self.sites += (Site(head_site, "unembed", inputs, outputs, group),)
-        self._take_attention()
+        attention_call.take(model)
         self.can_compile = self._check_against(expected, architecture)
         self._layers = [Layer(layer, n, self._current) for n, (_, layer) in enumerate(layers)]
 
@@ -274,14 +274,10 @@ class Base:
                 self._mixtures.append(Mixture(block, number, self._current))
                 number += 1
 
-    def _take_attention(self) -> None:
-        AttentionInterface.register(_ATTENTION, _attention)
-        self._model.set_attn_implementation(_ATTENTION)
-
     def _let_call(self, module: Any) -> None:
         """Have our attention know who it works for, when this module calls it."""
         if not hasattr(module, "tinsmith_caller"):
-            module.tinsmith_caller = _Caller(self._current, getattr(module, "layer_idx", 0))
+            module.tinsmith_caller = Caller(self._current, getattr(module, "layer_idx", 0))
             module.tinsmith_key = register(module.tinsmith_caller)
 
     def _linears_given_the_same(self, layers: list[tuple[str, nn.Module]]) -> list[list[nn.Module]]:
@@ -398,14 +394,6 @@ _PROBE_LENGTHS = [40, 24]
 _BESIDE_ACTIVATIONS = 6 << 30
 
 
-@dataclass(frozen=True, eq=False)
-class _Caller:
-    """Who calls for attention."""
-
-    current: Current
-    layer: int
-
-
 class Layer:
     """A decoder layer's `forward` as the pass under way wants it: compiled, its activations kept or not."""
 
@@ -491,96 +479,3 @@ def _refuse_unsupported(model: Any, config: Any, architecture: str) -> None:
         # These stretch all positions by the longest sequence at hand: tenants would change each other.
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             raise InvalidInput(refused + f"its rotary positions are of the type {module.rope_type!r}")
-
-
-def _attention(
-    module: nn.Module,
-    query_1HTC: torch.Tensor,
-    key_1GTC: torch.Tensor,
-    value_1GTC: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer. Hands over to the attention of the stream under way."""
-    config: Any = module.config
-    window = others.get("sliding_window")
-    if window is not None and window < config.max_position_embeddings:
-        raise InvalidInput(
-            f"{type(module).__name__} attends through a sliding window, which is not supported"
-        )
-    if any(others.get(name) is not None for name in ("softcap", "s_aux")):
-        raise InvalidInput(f"{type(module).__name__} caps its attention scores or has sinks: not supported")
-    called: Any = module
-    scale = scaling if scaling is not None else query_1HTC.shape[-1] ** -0.5
-    parts = [x.squeeze(0).transpose(0, 1) for x in (query_1HTC, key_1GTC, value_1GTC)]
-    if torch.compiler.is_compiling():
-        output_THC = _attend(*parts, called.tinsmith_key, scale)
-    else:
-        output_THC = called.tinsmith_caller.current.now.attention.attend(called.layer_idx, *parts, scale)
-    return output_THC.unsqueeze(0), None
-
-
-@library.custom_op("tinsmith::attend", mutates_args=())
-def _attend(
-    query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, key: torch.Tensor, scale: float
-) -> torch.Tensor:
-    caller = owner_of(key)
-    now = caller.current.now
-    output_THC, kept = now.attention.forward(caller.layer, query_THC, key_TGC, value_TGC, scale)
-    if now.train:
-        now.kept[int(key)] = kept
-    return output_THC
-
-
-@_attend.register_fake
-def _(
-    query_THC: torch.Tensor, key_TGC: torch.Tensor, value_TGC: torch.Tensor, key: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return query_THC.new_empty(query_THC.shape)
-
-
-@library.custom_op("tinsmith::attend_backward", mutates_args=())
-def _attend_backward(
-    gradient_THC: torch.Tensor,
-    query_THC: torch.Tensor,
-    key_TGC: torch.Tensor,
-    value_TGC: torch.Tensor,
-    output_THC: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    now = owner_of(key).current.now
-    kept = now.kept.pop(int(key))
-    found = now.attention.backward(gradient_THC, query_THC, key_TGC, value_TGC, output_THC, kept, scale)
-    dq, dk, dv = (x.contiguous() for x in found)
-    return dq, dk, dv
-
-
-@_attend_backward.register_fake
-def _(
-    gradient_THC: torch.Tensor,
-    query_THC: torch.Tensor,
-    key_TGC: torch.Tensor,
-    value_TGC: torch.Tensor,
-    output_THC: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (query_THC, key_TGC, value_TGC))
-    return dq, dk, dv
-
-
-def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output)
-
-
-def _differentiate_attention(ctx: Any, gradient_THC: torch.Tensor) -> tuple[Any, ...]:
-    query_THC, key_TGC, value_TGC, key, output_THC = ctx.saved_tensors
-    found = _attend_backward(gradient_THC, query_THC, key_TGC, value_TGC, output_THC, key, ctx.scale)
-    return *found, None, None
-
-
-_attend.register_autograd(_differentiate_attention, setup_context=_keep_attention)

@@ -13,7 +13,7 @@ from tinsmith_worker import muon
 from tinsmith_worker.adapters import Adapter
 from tinsmith_worker.contract import AdamParams, Answer, Failure, OptimizerParams
 from tinsmith_worker.copies import OnTheWay
-from tinsmith_worker.lora import triton_kernels
+from tinsmith_worker.packed import triton_kernels
 
 
 def begin(wanted: Sequence[tuple[Adapter, OptimizerParams]]) -> Answer[list[dict[str, float] | Failure]]:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from tinsmith_worker.adapters import ALIGNMENT, MOST_MEMBERS, Adapter, Kind, targets
 from tinsmith_worker.copies import to_device
-from tinsmith_worker.lora import Deltas, Group, Loop, tiles
+from tinsmith_worker.lora import Deltas, Group, Loop
+from tinsmith_worker.packed import tiles
 from tinsmith_worker.sampler.order import segments
 from tinsmith_worker.stream import Segment
 

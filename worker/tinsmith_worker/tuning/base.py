@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tinsmith.errors import InvalidInput
+from tinsmith_worker import attention_call
 from tinsmith_worker.activations import Activations
 from tinsmith_worker.adapters import Adapter, Kind
 from tinsmith_worker.attention import CausalSequences
@@ -64,7 +65,7 @@ class TunedBase(Base):
         self._hooks: list[Any] = []
         self._active: Tuned | None = None
         self._kept_by: dict[str, Activations] = {}  # by method and settings
-        self._take_attention()
+        attention_call.take(model)
         self._check_packed(expected, architecture, None)
         self._plain_layers = [layer for _, layer in layers]
         self._layers = [Layer(layer, n, self._current) for n, layer in enumerate(self._plain_layers)]

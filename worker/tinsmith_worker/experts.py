@@ -68,17 +68,19 @@ class Mixture:
         # Experts that all tokens meet are linear maps like any other.
         self._has_linears = any(isinstance(module, LoraLinear) for module in block.modules())
         self._current = current
+        self._block = block
         block.forward = self
 
     def compile(self) -> None:
+        # A compiled layer ends before this and goes on behind it: who is given how many rows, and by whom, is
+        # another in every pass, and would be compiled anew.
+        self._block.forward = torch.compiler.disable(self.__call__)
         self._experts.compile_between()
 
     def run_eagerly(self) -> None:
+        self._block.forward = self
         self._experts.run_eagerly()
 
-    # A compiled layer ends before this and goes on behind it: who is given how many rows, and by whom, is
-    # another in every pass, and would be compiled anew.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x_1TD: torch.Tensor) -> torch.Tensor:
         now, rows = self._current.now, x_1TD.shape[1]
         self._experts.may_compile = now is not None and now.may_compile

@@ -525,7 +525,8 @@ def cpu(seconds: float) -> Rows:
 
 def by_turns(shape: str, cases: list[Case], seconds: float) -> Rows:
     """A step of the engine, then one of PEFT either way, and again: what else the machine does slows all down.
-    A ratio is of two that are neighbours."""
+    A ratio is of two that are neighbours. Each with as many threads as suit it best, one or as many as there are
+    cores: small products gain nothing from a second one."""
     engine, _ = engine_on(model_of(shape))
     for name, rank, tenants in cases:
         ours, names = ready(engine, [rank] * len(tenants), tenants)
@@ -533,17 +534,21 @@ def by_turns(shape: str, cases: list[Case], seconds: float) -> Rows:
         if len(tenants) > 1:
             own = with_adapter(model_of(shape), rank)
             steps["PEFT, adapters exchanged"] = peft_step(own, tenants, 2048, exchange=True)
+            steps["products of the base, tenant by tenant"] = products(shape, list(map(sum, tenants)))
+        steps["products of the base"] = products(shape, [sum(map(sum, tenants))])
+        threads = {who: best_threads(step) for who, step in steps.items()}
         taken: dict[str, list[float]] = {name: [] for name in steps}
         began = time.perf_counter()
         while len(taken["engine"]) < 4 or time.perf_counter() - began < seconds:
             for who, step in steps.items():
+                torch.set_num_threads(threads[who])
                 start = time.perf_counter()
                 step()
                 taken[who].append(time.perf_counter() - start)
         tokens = sum(map(sum, tenants))
         row: Row = {"work": name, "shape": shape, "rank": rank, "tokens": tokens}
         for who, times in taken.items():  # without the first, which warms up
-            row[who] = summary(tokens, times[1:])
+            row[who] = summary(tokens, times[1:]) | {"threads": threads[who]}
             if who != "engine":
                 ratios = [theirs / mine for theirs, mine in zip(times[1:], taken["engine"][1:], strict=True)]
                 row[f"over {who}"] = {
@@ -553,6 +558,42 @@ def by_turns(shape: str, cases: list[Case], seconds: float) -> Rows:
         yield row
         for run in names:
             engine.drop(run)
+
+
+def products(shape: str, rows: Sequence[int]) -> Callable[[], None]:
+    """The products of the base that a step cannot do without, and nothing else: of every map's output and of its
+    input's gradient, for so many rows and then for as many as come next."""
+    of = SHAPES[shape]
+    hidden, inside, channels = of["hidden_size"], of["intermediate_size"], of["head_dim"]
+    queries, keys = of["num_attention_heads"] * channels, of["num_key_value_heads"] * channels
+    layer = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    layer += [(hidden, inside), (hidden, inside), (inside, hidden)]
+    maps = [*layer * of["num_hidden_layers"], (hidden, of["vocab_size"])]
+    weights = [torch.randn(outputs, inputs) for inputs, outputs in maps]
+    given = [{width: torch.randn(n, width) for width in {w for one in maps for w in one}} for n in rows]
+
+    def step() -> None:
+        for by_width in given:
+            for weight_OI in weights:
+                torch.mm(by_width[weight_OI.shape[1]], weight_OI.T)
+                torch.mm(by_width[weight_OI.shape[0]], weight_OI)
+
+    return step
+
+
+def best_threads(step: Callable[[], None]) -> int:
+    """With how many threads the fastest of three steps is faster."""
+    fastest = {}
+    step()
+    for threads in (1, os.cpu_count() or 1):
+        torch.set_num_threads(threads)
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - start)
+        fastest[threads] = min(taken)
+    return min(fastest, key=lambda threads: fastest[threads])
 
 
 PARTS: dict[str, Callable[[float], Rows]] = (
@@ -598,6 +639,8 @@ def cells(row: Row) -> list[str]:
     for name, value in row.items():
         if isinstance(value, dict) and "tokens/s" in value:
             about = f"{name} {value['tokens/s']:,.0f} tokens/s"
+            if "threads" in value:
+                about += f" with {value['threads']} threads"
             if "steps" in value:
                 about += f" ({value['slowest']:,.0f} to {value['fastest']:,.0f}, {value['steps']} steps)"
             for what in ("lean layers", "layers computed anew"):

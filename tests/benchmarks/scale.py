@@ -11,6 +11,7 @@ exact     the same gradients in float32, on the 0.6B shape
 large     the 32B shape with fsdp2, which no single card holds
 kill      a rank killed in mid-step; a new group restores the last snapshot and repeats what came after it
 beside    sampling on one card while training on another
+full      all weights trained by all cards with fsdp2 (scale_full.py)
 Each part runs in processes of its own and may fail alone; the report is written after every number.
 """
 
@@ -38,6 +39,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
 import train
+from scale_full import full
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config
 
@@ -405,7 +407,7 @@ def allocated() -> float | None:
     return torch.cuda.memory_allocated() / 2**30 if train.ON_GPU else None
 
 
-PARTS: dict[str, Callable[[Run], None]] = {f.__name__: f for f in (scaling, exact, large, kill, beside)}
+PARTS: dict[str, Callable[[Run], None]] = {f.__name__: f for f in (scaling, exact, large, kill, beside, full)}
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class ShardedTunedEngine(TunedGroupEngine):
 
     def __init__(self, base: ShardedTunedBase, group: Group, settings: EngineSettings | None = None) -> None:
         super().__init__(base, group, settings)
-        self._rows = _Rows(group, base.counterparts)
+        self.rows = Rows(group, base.counterparts)
 
     def _verbs(self) -> dict[str, Callable[..., object]]:
         base, of = self.base, self.base.counterparts
@@ -64,7 +64,7 @@ class ShardedTunedEngine(TunedGroupEngine):
         }
 
     def close(self) -> None:
-        self._rows.close()
+        self.rows.close()
         super().close()
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
@@ -114,7 +114,7 @@ class ShardedTunedEngine(TunedGroupEngine):
             step=step,
             config=form.config,
             size=elements(form.whole_layout),
-            tensor=lambda flat, number: self._rows.tensor(form, handle.number, flats[flat], flat, number),
+            tensor=lambda flat, number: self.rows.tensor(form, handle.number, flats[flat], flat, number),
             handle=handle,
         )
 
@@ -168,7 +168,7 @@ class _Handle:
     number = 0
 
 
-class _Rows:
+class Rows:
     """The rows of states that ranks have, for the leader's other threads; a thread of each other rank
     answers."""
 

@@ -62,6 +62,16 @@ def place(store: Store, run_id: str) -> str | None:  # noqa: F811
     return store.write(lambda c: leases.place(c, run_id, "m")).result()
 
 
+def take(store: Store, run_id: str, worker_id: str) -> leases.Lease:  # noqa: F811
+    lease = store.write(lambda c: leases.take(c, run_id, worker_id)).result()
+    assert lease is not None
+    return lease
+
+
+def hand_over(store: Store, lease: leases.Lease) -> None:  # noqa: F811
+    store.write(lambda c: leases.hand_over(c, lease, "m")).result()
+
+
 def test_runs_go_to_the_least_loaded_worker_and_stay_there(store: Store, run: str) -> None:  # noqa: F811
     ready_worker(store, "w2")
     ready_worker(store, "w3")
@@ -85,16 +95,13 @@ def test_a_worker_that_joins_is_given_what_others_have_too_many_of(store: Store,
         if not beat(store, "w2").has_surplus:
             break
         assert not beat(store, "w3").has_surplus
-        lease = store.read(lambda c, n=number: leases.take(c, f"r{n}", "w2")).result()  # type: ignore[misc]
-        assert lease is not None
-        store.write(lambda c, one=lease: leases.hand_over(c, one, "m")).result()  # type: ignore[misc]
+        lease = take(store, f"r{number}", "w2")
+        hand_over(store, lease)
         assert holder(store, f"r{number}") == ("w3", lease.epoch + 1, 0)
         with pytest.raises(LeaseLost):
-            store.write(lambda c, one=lease: leases.hand_over(c, one, "m")).result()  # type: ignore[misc]
+            hand_over(store, lease)
     assert [holder(store, f"r{number}")[0] for number in range(5)] == ["w3", "w3", "w2", "w2", "w2"]
-    last = store.write(lambda c: leases.take(c, "r4", "w2")).result()
-    assert last is not None
-    store.write(lambda c: leases.hand_over(c, last, "m")).result()
+    hand_over(store, take(store, "r4", "w2"))
     assert holder(store, "r4")[0] == "w2", "nobody has so much less"
     store.write(lambda c: leases.drain_worker(c, "w2")).result()
     assert not beat(store, "w2").has_surplus

@@ -8,7 +8,7 @@ Random weights and tokens, bfloat16 on GPUs, 16k tokens a card and step (forward
 scaling   the 8B shape on one card, replicated, and cut by fsdp2 and by deepspeed; their gradients against
           one card's
 exact     the same gradients in float32, on the 0.6B shape
-large     the 32B shape with fsdp2, which no single card holds
+large     the 32B shape with fsdp2 and with deepspeed, which no single card trains
 kill      a rank killed in mid-step; a new group restores the last snapshot and repeats what came after it
 beside    sampling on one card while training on another
 full      all weights trained by all cards with fsdp2 (scale_full.py)
@@ -50,7 +50,7 @@ from tinsmith_worker.model import Base
 from tinsmith_worker.parallel.engine import GroupEngine
 from tinsmith_worker.parallel.group import Group
 from tinsmith_worker.parallel.launch import Followers, end_with_leader, place_in_environment, start_followers
-from tinsmith_worker.parallel.load import empty_model, give_memory
+from tinsmith_worker.parallel.load import empty_model, give_memory, give_memory_beside
 from tinsmith_worker.parallel.shard import ShardedBase, shard
 from tinsmith_worker.parallel.zero import Parts
 from tinsmith_worker.sampler import TorchSampler
@@ -240,23 +240,25 @@ def keep_gradient(run: Run, engine: GroupEngine, found: dict[str, np.ndarray], n
 def large(run: Run) -> None:
     group, shape = run.group, run.shape("32B")
     assert group is not None
-    started = time.perf_counter()
-    base = ShardedBase(random_shards(shape, group), group)
-    run.row(shape=shape, parallel="fsdp2", base_gib=allocated(), ready_after_s=time.perf_counter() - started)
-    engine = GroupEngine(base, group, run.settings)
+    for parallel, random in {"fsdp2": random_shards, "deepspeed": random_parts}.items():
+        started = time.perf_counter()
+        base = ShardedBase(random(shape, group), group)
+        train.free()
+        about = {"shape": shape, "parallel": parallel}
+        run.row(**about, base_gib=allocated(), ready_after_s=time.perf_counter() - started)
+        engine = GroupEngine(base, group, run.settings)
+        run.follow(engine, functools.partial(large_against_none, run, engine, **about))
+        del base, engine
+        train.free()
 
-    def leads() -> None:
-        run.time(engine, group.ranks, shape=shape, parallel="fsdp2", compiled=False)
-        compiled(engine)
-        run.time(engine, group.ranks, shape=shape, parallel="fsdp2")
-        sampler, began = TorchSampler(base), time.perf_counter()
-        sampled = sum(
-            len(s.tokens) for done in drain(sampler, sequences=16, tokens=8) for s in done.sequences
-        )
-        seconds = time.perf_counter() - began
-        run.row(shape=shape, parallel="fsdp2", sampled_tokens=sampled, sampled_per_s=sampled / seconds)
 
-    run.follow(engine, leads)
+def large_against_none(run: Run, engine: GroupEngine, **about: Any) -> None:
+    compiled(engine)
+    run.time(engine, engine._group.ranks, **about)
+    sampler, began = TorchSampler(engine.base), time.perf_counter()
+    sampled = sum(len(s.tokens) for done in drain(sampler, sequences=16, tokens=8) for s in done.sequences)
+    seconds = time.perf_counter() - began
+    run.row(**about, sampled_tokens=sampled, sampled_per_s=sampled / seconds)
 
 
 def random_shards(shape: str, group: Group) -> Any:
@@ -265,6 +267,22 @@ def random_shards(shape: str, group: Group) -> Any:
     model = shard(empty_model(config, dtype=train.DTYPE), group)
     give_memory(model, group.device)
     draw(model, group)
+    return model
+
+
+def random_parts(shape: str, group: Group) -> Any:
+    """The same in DeepSpeed's keeping, a whole tensor at a time."""
+    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=40960)
+    model = empty_model(config, dtype=train.DTYPE)
+    parts = Parts(model, group)
+    for number, name in enumerate(parts):
+        torch.manual_seed(number)
+        size = model.get_parameter(name).shape
+        parts.take(name, torch.empty(size, device=group.device, dtype=train.DTYPE).normal_(0, 0.02))
+    give_memory_beside(model, parts, group.device)
+    for name, parameter in model.named_parameters():
+        if name not in parts:
+            parameter.data.fill_(1) if parameter.dim() == 1 else parameter.data.normal_(0, 0.02)
     return model
 
 

@@ -30,7 +30,7 @@ import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from tinsmith.wire.batch import TrainInput
-from tinsmith_worker.activations import Activations, Keeping
+from tinsmith_worker.activations import Keeping
 from tinsmith_worker.contract import AdamParams, LoraSpec, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
@@ -450,8 +450,7 @@ def mixture(seconds: float) -> Rows:
     for is_compiled in (True, False) if engine.base.is_compiled else (False,):
         if not is_compiled:
             engine.base.run_eagerly()
-            # What its layers keep of a token is something else now.
-            engine.base.activations = Activations(engine.base.activations.layers)
+            engine._warm_up()  # what its layers keep of a token is something else now
         for name, rank, tenants in cases:
             row: Row = {"work": name, "rank": rank, "compiled": is_compiled}
             try:

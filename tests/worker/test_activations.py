@@ -1,8 +1,13 @@
 """What a pass keeps of its activations, by the memory there is."""
 
+import numpy as np
 import pytest
+import torch
 
+from tests.worker import tiny
 from tinsmith_worker.activations import Activations, Keeping
+from tinsmith_worker.contract import LoraSpec, Work
+from tinsmith_worker.engine import TorchEngine
 
 TOKENS = 1000
 
@@ -58,3 +63,30 @@ def test_a_pass_of_mixed_layers_teaches_nothing() -> None:
     activations = known()
     activations.learn(Keeping(3, 2), 10, 1)
     assert activations == known()
+
+
+def test_after_a_pass_without_room_the_next_ones_keep_little_and_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = TorchEngine(tiny.base())
+    engine.create("run", LoraSpec(4, 0))
+    backward = engine.base.backward
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine.base, "backward", no_room)
+    with pytest.raises(MemoryError, match="no room"):
+        engine.forward_backward([Work("run", tiny.batch())])
+    monkeypatch.setattr(engine.base, "backward", backward)
+    engine.create("run", LoraSpec(4, 0))
+    engine.forward_backward([Work("run", tiny.batch())])
+    assert engine.base.kept == Keeping(engine.base.activations.layers)
+    found = engine.state("run").gradient
+    fresh = TorchEngine(tiny.base())
+    fresh.create("run", LoraSpec(4, 0))
+    fresh.forward_backward([Work("run", tiny.batch())])
+    expected = fresh.state("run").gradient
+    assert found is not None
+    assert expected is not None
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)

@@ -1,5 +1,6 @@
 """optim_step against torch.optim.AdamW on PEFT's parameters, and what it does with gradients it cannot use."""
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -207,3 +208,14 @@ def test_steps_far_below_a_bfloat16_weights_resolution_add_up_in_the_masters() -
         fall[rounded] = sums[0] - sums[-1]
     assert fall[False] > 1
     assert fall[False] > 2 * fall[True]
+
+
+def test_who_has_left_leaves_no_memory_behind() -> None:
+    """Between steps of others too: its slot may have been given away."""
+    engine = TorchEngine(tiny.base())
+    engine.create("run", LoraSpec(8, 0))
+    engine.forward_backward([Work("run", tiny.batch())])
+    tiny.step(engine, "run", PLAIN)
+    adapter = weakref.ref(engine._adapters["run"])
+    engine.drop("run")
+    assert adapter() is None

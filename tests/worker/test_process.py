@@ -30,12 +30,13 @@ from tinsmith_worker.contract import AdapterState, Answer, Failure, LoraSpec, Op
 from tinsmith_worker.null_engine import NullEngine, NullSampler
 from tinsmith_worker.process import Worker, WorkerSettings
 
-POISON, INFINITE, BREAKING = 666, 777, 888
+POISON, INFINITE, BREAKING, CROWDED = 666, 777, 888, 999
 
 
 class CountingEngine(NullEngine):
     """weights[0] counts the tokens stepped with. A pass that meets POISON breaks half-way, after having
     counted some; a gradient that met INFINITE makes the step a Failure, and one that met BREAKING breaks it.
+    CROWDED finds no room as often as `crowds` says.
 
     `device_seconds`: answers, errors among them, come so long after everything was begun."""
 
@@ -44,6 +45,7 @@ class CountingEngine(NullEngine):
         self.device_seconds = 0.0
         self.gradients: dict[str, float] = {}
         self.passes: list[list[str]] = []
+        self.crowds = 0
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
         super().create(run_id, spec)
@@ -67,6 +69,9 @@ class CountingEngine(NullEngine):
                     self.gradients[one.run_id] = -1.0
             if POISON in one.given.tokens_T:
                 raise RuntimeError("out of memory, say")
+            if CROWDED in one.given.tokens_T and self.crowds:
+                self.crowds -= 1
+                raise MemoryError("no room")
         return super().forward_backward(work)
 
     def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
@@ -268,6 +273,17 @@ def test_what_breaks_a_pass_fails_alone_and_its_neighbours_lose_and_gain_nothing
     assert house.outcome(waiting["c"]).error is None
     gradients = {name: house.gradient_of(house.step(name, 3)) for name in "abc"}
     assert gradients == {"a": 5, "b": 3, "c": 7}, "half of a broken pass was left in a gradient"
+
+
+@pytest.mark.parametrize(("crowds", "gradient"), [(1, 5), (2, 3)])
+def test_a_pass_without_room_on_the_device_has_another_try(house: House, crowds: int, gradient: int) -> None:
+    house.run("a")
+    house.outcome(house.train("a", 1, 1, 2, 3))
+    house.engine.crowds = crowds
+    failed = house.outcome(house.train("a", 2, CROWDED, 4)).error
+    assert (failed is None) == (crowds == 1)
+    assert failed is None or "no room" in failed["error"]
+    assert house.gradient_of(house.step("a", 3)) == gradient, "half of a broken pass was left in the gradient"
 
 
 def test_what_breaks_steps_that_are_taken_together_fails_alone(house: House) -> None:

@@ -236,7 +236,8 @@ class Engine(Protocol):
         ...
 
     def begin_forward_backward(self, work: Sequence[Work]) -> Answer[list[TrainOutput]]:
-        """The same, without waiting for the device: calls that follow act on what this one leaves behind."""
+        """The same, without waiting for the device: calls that follow act on what this one leaves behind.
+        MemoryError where the device had no room: gradients are undefined, and the next try asks for less."""
         ...
 
     def optim_steps(self, steps: Sequence[tuple[str, OptimizerParams]]) -> list[dict[str, float] | Failure]:

@@ -113,10 +113,12 @@ class TorchEngine:
 
     def warm_up(self) -> None:
         """Have everything compiled before somebody waits for it: the layers, and the kernels for usual ranks.
-        A minute the first time on a machine, seconds once it is cached."""
-        if not self.base.can_compile:
+        A minute the first time on a machine, seconds once it is cached. And see what layers keep of a token,
+        in passes too small to be in the way: the first large one would keep all of it, room or not."""
+        if self.base.can_compile:
+            self.base.compile()
+        elif self.base.device.type != "cuda" or self.facts.single_tenant:  # a TunedBase looks by itself
             return
-        self.base.compile()
         try:
             self._warm_up()
         except Exception:
@@ -126,7 +128,7 @@ class TorchEngine:
             log.exception("the layers of this mixture cannot be compiled: training is slower")
             self.base.run_eagerly()
             self.drop("")
-            self._keep(None)
+            self._warm_up()
 
     def _warm_up(self) -> None:
         lengths_S = np.array([256, 200], np.int64)
@@ -292,6 +294,13 @@ class TorchEngine:
         if train:
             for piece in pieces:
                 piece.adapter.open_gradient()
+        try:
+            return self._computed(pieces, train=train)
+        except torch.OutOfMemoryError as error:
+            self.base.leave_more_room()
+            raise MemoryError(f"no room on the device for a pass: {error}") from error
+
+    def _computed(self, pieces: list[Piece], *, train: bool) -> list[Block]:
         stream = self._pack(pieces)
         blocks = self._blocks(pieces, stream)
         compiled = self.base.is_compiled and self.base.weights_stay

@@ -101,6 +101,7 @@ class Base:
         self.kept = Keeping()  # by the last training pass
         layers = decoder_layers(self._decoder, config)
         self.activations = Activations(len(layers))
+        self._beside_bytes, self._careful_passes = _BESIDE_ACTIVATIONS, 0
         return layers
 
     @classmethod
@@ -124,6 +125,7 @@ class Base:
     def run_eagerly(self) -> None:
         """As before `compile`."""
         self.is_compiled = False
+        self.activations = Activations(self.activations.layers)
         for part in self._compiled_parts:
             part.run_eagerly()
 
@@ -193,10 +195,19 @@ class Base:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def _as_memory_allows(self, tokens: int) -> Keeping:
+        if self._careful_passes:
+            self._careful_passes -= 1
+            return Keeping(self.activations.layers)
         if self.device.type != "cuda":
             return Keeping()
         self.activations.always_lean = self.is_deterministic
-        return self.activations.keeping(tokens, free_bytes(self.device) - _BESIDE_ACTIVATIONS)
+        return self.activations.keeping(tokens, free_bytes(self.device) - self._beside_bytes)
+
+    def leave_more_room(self) -> None:
+        """A pass found less room than it was thought to have: the next few keep as little as can be, all
+        others somewhat less than before."""
+        self._careful_passes = 16
+        self._beside_bytes = min(self._beside_bytes + (1 << 30), 2 * _BESIDE_ACTIVATIONS)
 
     def backward(self, hidden_TD: torch.Tensor, gradient_TD: torch.Tensor) -> None:
         """From dL/dhidden of the last `forward` to the adapters' gradients."""

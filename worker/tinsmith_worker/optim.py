@@ -1,7 +1,6 @@
 """Optimizer steps on adapters' flat buffers: AdamW, as torch.optim.AdamW does it tensor by tensor; Muon is in
 `muon.py`."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -29,17 +28,20 @@ def begin(wanted: Sequence[tuple[Adapter, OptimizerParams]]) -> Answer[list[dict
     assert len({id(adapter) for adapter, _ in wanted}) == len(wanted), (
         "an adapter can take one step at a time"
     )
-    begun = [_begin(adapter, params) for adapter, params in wanted]
-    on_device = [norm for norm in begun if isinstance(norm, torch.Tensor)]
+    begun = [(*each, _begin(*each)) for each in wanted]
+    del wanted
+    on_device = [norm for _, _, norm in begun if isinstance(norm, torch.Tensor)]
     norms = OnTheWay([torch.stack(on_device)] if on_device else [])
+    answered: list[dict[str, float] | Failure] = []
 
-    @functools.cache
     def get() -> list[dict[str, float] | Failure]:
-        found = iter([float(norm) for array in norms.arrays() for norm in array])
-        return [
+        found = iter([float(norm) for array in norms.arrays() for norm in array] if begun else ())
+        answered.extend(
             _finish(adapter, params, next(found)) if isinstance(norm, torch.Tensor) else norm
-            for (adapter, params), norm in zip(wanted, begun, strict=True)
-        ]
+            for adapter, params, norm in begun
+        )
+        begun.clear()  # or an adapter that is dropped would keep its memory until somebody else's step
+        return answered
 
     return Answer(get, norms.wait)
 

@@ -507,11 +507,13 @@ class Worker:
 
     def _recover(self, work: list[Prepared], error: Exception) -> None:
         """A pass failed half-way. Its runs go back to their snapshots and are replayed; what shared the pass
-        is tried again one by one, and the operation that fails alone is the one that fails."""
+        is tried again one by one, and the operation that fails alone is the one that fails. After
+        one for which the device had no room the engine leaves more: who was alone in it has a try, too."""
         if not work:
             return
         log.error("a pass over %d operations failed", len(work), exc_info=error)
-        if len(work) == 1:
+        found_no_room = isinstance(error, MemoryError) and work[0].operation.request_id not in self.alone
+        if len(work) == 1 and not found_no_room:
             self._failed(work[0], Failure(f"the engine failed on this call: {error}", "server"))
             if work[0].operation.state == ops.DONE:
                 self._give_up_run(work[0].operation.subject, error)

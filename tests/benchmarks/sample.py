@@ -52,7 +52,7 @@ SAMPLING_ONLY = SamplerSettings(max_sequences=512, cache_bytes=45 << 30) if ON_G
 
 @functools.cache
 def untouched() -> Any:
-    """transformers' own model: measured before the base takes it over."""
+    """transformers' own model: measured before the base takes it over, so `beside` comes first."""
     if ON_GPU:
         return model_of("8B")
     return AutoModelForCausalLM.from_pretrained(tiny_base.FOLDER, dtype=DTYPE)
@@ -223,6 +223,7 @@ def generate_continuously(model: Any, given: Sequence[np.ndarray], tokens: int) 
 
 def beside(_: Row) -> Rows:
     """64 requests of 64 tokens, the whole run, beside generate: prompts of one length, as it takes them."""
+    assert not engine.cache_info().currsize, "the base has been taken over: let `beside` be the first part"
     given, tokens = prompts(64), 64
     row: Row = {"work": f"64 x {PROMPT} + {tokens}, the whole run"}
     yield row

@@ -8,7 +8,7 @@ Random weights and tokens, bfloat16 on GPUs, 16k tokens a card and step (forward
 scaling   the 8B shape on one card, replicated, and cut by fsdp2 and by deepspeed; their gradients against
           one card's
 exact     the same gradients in float32, on the 0.6B shape
-large     the 32B shape with fsdp2 and with deepspeed, which no single card trains
+large     the 32B shape with fsdp2, which no single card trains; large_deepspeed: the same cut by deepspeed
 kill      a rank killed in mid-step; a new group restores the last snapshot and repeats what came after it
 beside    sampling on one card while training on another
 full      all weights trained by all cards with fsdp2 (scale_full.py)
@@ -237,28 +237,31 @@ def keep_gradient(run: Run, engine: GroupEngine, found: dict[str, np.ndarray], n
     found[name] = run.gradient(engine)
 
 
-def large(run: Run) -> None:
+def large(run: Run, parallel: str = "fsdp2") -> None:
     group, shape = run.group, run.shape("32B")
     assert group is not None
-    for parallel, random in {"fsdp2": random_shards, "deepspeed": random_parts}.items():
-        started = time.perf_counter()
-        base = ShardedBase(random(shape, group), group)
-        train.free()
-        about = {"shape": shape, "parallel": parallel}
-        run.row(**about, base_gib=allocated(), ready_after_s=time.perf_counter() - started)
-        engine = GroupEngine(base, group, run.settings)
-        run.follow(engine, functools.partial(large_against_none, run, engine, **about))
-        del base, engine
-        train.free()
+    about, started = {"shape": shape, "parallel": parallel}, time.perf_counter()
+    random = {"fsdp2": random_shards, "deepspeed": random_parts}[parallel]
+    base = ShardedBase(random(shape, group), group)
+    train.free()
+    run.row(**about, base_gib=allocated(), ready_after_s=time.perf_counter() - started)
+    engine = GroupEngine(base, group, run.settings)
+
+    def leads() -> None:
+        compiled(engine)
+        run.time(engine, group.ranks, **about)
+        sampler, began = TorchSampler(base), time.perf_counter()
+        sampled = sum(
+            len(s.tokens) for done in drain(sampler, sequences=16, tokens=8) for s in done.sequences
+        )
+        seconds = time.perf_counter() - began
+        run.row(**about, sampled_tokens=sampled, sampled_per_s=sampled / seconds)
+
+    run.follow(engine, leads)
 
 
-def large_against_none(run: Run, engine: GroupEngine, **about: Any) -> None:
-    compiled(engine)
-    run.time(engine, engine._group.ranks, **about)
-    sampler, began = TorchSampler(engine.base), time.perf_counter()
-    sampled = sum(len(s.tokens) for done in drain(sampler, sequences=16, tokens=8) for s in done.sequences)
-    seconds = time.perf_counter() - began
-    run.row(**about, sampled_tokens=sampled, sampled_per_s=sampled / seconds)
+def large_deepspeed(run: Run) -> None:
+    large(run, "deepspeed")
 
 
 def random_shards(shape: str, group: Group) -> Any:
@@ -425,7 +428,9 @@ def allocated() -> float | None:
     return torch.cuda.memory_allocated() / 2**30 if train.ON_GPU else None
 
 
-PARTS: dict[str, Callable[[Run], None]] = {f.__name__: f for f in (scaling, exact, large, kill, beside, full)}
+PARTS: dict[str, Callable[[Run], None]] = {
+    f.__name__: f for f in (scaling, exact, large, large_deepspeed, kill, beside, full)
+}
 
 
 def main() -> None:

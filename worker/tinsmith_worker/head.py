@@ -121,9 +121,11 @@ class Head:
             sums_N = logits_NV.exp_().sum(1)
             return logits_NV, chosen_NK.sub_(sums_N.log()[:, None]), sums_N
         rows, vocabulary = logits_NV.shape
-        sums_N = logits_NV.new_empty(rows)
-        self._kernels.log_sums[(rows,)](logits_NV, sums_N, vocabulary, BLOCK=4096, num_warps=8)
-        return logits_NV, logits_NV.gather(1, targets_NK).sub_(sums_N[:, None]), sums_N
+        maxima_N, sums_N = logits_NV.new_empty((2, rows))
+        self._kernels.log_sums[(rows,)](logits_NV, maxima_N, sums_N, vocabulary, BLOCK=4096, num_warps=8)
+        # One after the other: their sum would be rounded as coarsely as the logits are.
+        logprobs_NK = logits_NV.gather(1, targets_NK).sub_(maxima_N[:, None]).sub_(sums_N[:, None])
+        return logits_NV, logprobs_NK, maxima_N.add_(sums_N)
 
     def _dlogits(
         self,

@@ -235,8 +235,8 @@ def fold(
 
 
 @triton.jit
-def log_sums(logits_NV, sums_N, vocabulary, BLOCK: tl.constexpr):
-    """log of the sum of exp over every row, in one reading."""
+def log_sums(logits_NV, maxima_N, sums_N, vocabulary, BLOCK: tl.constexpr):
+    """Every row's maximum, and log of the sum of exp of what is left without it, in one reading."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     most = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -252,7 +252,8 @@ def log_sums(logits_NV, sums_N, vocabulary, BLOCK: tl.constexpr):
     # max passes over what is not a number, the sum does not.
     highest = tl.max(most, 0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    tl.store(sums_N + row, shift + tl.log(tl.sum(total * tl.exp(most - shift), 0)))
+    tl.store(maxima_N + row, shift)
+    tl.store(sums_N + row, tl.log(tl.sum(total * tl.exp(most - shift), 0)))
 
 
 @triton.jit(do_not_specialize=["width"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.worker import tiny
@@ -296,19 +297,29 @@ def together_and_alone(engine: TorchEngine) -> Found:
     return found
 
 
+def _no_room(*_: object) -> None:
+    raise torch.OutOfMemoryError("no memory, say")
+
+
 def failing_pass(engine: TorchEngine) -> Found:
     """One rank alone cannot compute its part; the pass fails, and the next one does not."""
     found: Found = {}
     engine.create("run", SPEC)
+    given = tiny.batch("cross_entropy", (60, 60, 60, 60))
     for place in (0, -1):
-        given = tiny.batch("cross_entropy", (60, 60, 60, 60))
-        given.tokens_T[place] = 10**6
+        broken = tiny.batch("cross_entropy", (60, 60, 60, 60))
+        broken.tokens_T[place] = 10**6
         try:
-            engine.forward_backward([Work("run", given)])
+            engine.forward_backward([Work("run", broken)])
         except (IndexError, RuntimeError) as error:
             found[f"error at {place}"] = np.array([str(error)])
         engine.restore("run", tiny.trained(engine.base, SPEC))
-    (output,) = engine.forward_backward([Work("run", tiny.batch("cross_entropy", (60, 60, 60, 60)))])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine.base, "backward", _no_room)
+        with pytest.raises(MemoryError, match="rank 0: no room"):
+            engine.forward_backward([Work("run", given)])
+        engine.restore("run", tiny.trained(engine.base, SPEC))
+    (output,) = engine.forward_backward([Work("run", given)])
     engine.drop("run")
     return found | {"losses": output.losses_T}
 

@@ -208,11 +208,12 @@ class GroupEngine(TorchEngine):
                 mine = _in_order(computed_of(blocks, on_the_way(blocks)), parts[self._group.rank])
         except Exception as error:
             log.exception("rank %d failed in its part of a pass", self._group.rank)
-            mine = {"error": str(error) or repr(error)}
+            mine = {"error": str(error) or repr(error), "no_room": isinstance(error, MemoryError)}
         collected = self._group.collect(mine)
         for rank, of_rank in enumerate(collected):
             if "error" in of_rank:
-                raise RuntimeError(f"rank {rank}: {of_rank['error']}")
+                kind = MemoryError if of_rank["no_room"] else RuntimeError
+                raise kind(f"rank {rank}: {of_rank['error']}")
         return _all_of(parts, collected)
 
     def _run_all(self, parts: list[list[Piece]]) -> list[Block]:

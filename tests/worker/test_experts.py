@@ -1,7 +1,6 @@
 """Adapters on a mixture's experts, against the library's own model with the adapters multiplied out."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.worker import tiny
+from tests.worker.one_call import as_on_a_gpu
 from tinsmith.wire.batch import TrainInput
 from tinsmith_worker import checkpoints
 from tinsmith_worker.activations import Keeping
 from tinsmith_worker.adapters import lay_out
-from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import AdapterState, LoraSpec, SampleInput, SampleOutput, Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
@@ -222,35 +221,7 @@ def says_what_a_forward_says(base: Base) -> None:
         assert tiny.worst(sequence.logprobs, forward.logprobs_TK[len(prompt) - 1 :, 0]) < 5e-5
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled layers call an attention that only a GPU has, and a compiler that takes half a minute: here is one in
-    plain torch, and no compiler behind the program that is made of a layer."""
-
-    def forward(self: Any, layer: int, *given: Any) -> tuple[torch.Tensor, tuple[()]]:
-        return self._each(*given), ()
-
-    def backward(
-        self: Any, gradient: Any, query: Any, key: Any, value: Any, output: Any, kept: Any, scale: float
-    ) -> Any:
-        def differentiate() -> Any:
-            parts = [x.detach().requires_grad_() for x in (query, key, value)]
-            return torch.autograd.grad(self._each(*parts, scale), parts, gradient)
-
-        # Within an operator of ours autograd is off, on this thread.
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(differentiate).result()
-
-    compiled = torch.compile
-    monkeypatch.setattr(CausalSequences, "forward", forward)
-    monkeypatch.setattr(CausalSequences, "backward", backward)
-    monkeypatch.setattr(
-        torch, "compile", lambda f, dynamic, backend="": compiled(f, dynamic=dynamic, backend="aot_eager")
-    )
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
+@as_on_a_gpu()
 def test_compiled_mixtures_compute_what_they_compute_uncompiled_by_one_program_for_each_kind_of_layer() -> (
     None
 ):

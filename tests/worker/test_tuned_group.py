@@ -61,7 +61,9 @@ def group(folder: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -
     and those of three with that of two."""
     root = tmp_path_factory.mktemp("groups")
 
-    def run(parallel: str, ranks: int, *, deterministic: bool = False, of: Path = folder) -> Path:
+    def run(
+        parallel: str, ranks: int, *, deterministic: bool = False, compiled: bool = False, of: Path = folder
+    ) -> Path:
         out = root / f"{parallel}{ranks}{deterministic}{of.name}"
         if out.exists():
             return out
@@ -71,6 +73,7 @@ def group(folder: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -
         out.mkdir()
         command = [sys.executable, "-m", "tests.worker.tuned_group_script", str(of), str(out)]
         command += ["--ranks", str(ranks), "--parallel", parallel, *["--deterministic"] * deterministic]
+        command += ["--compiled"] * compiled
         command += ["--resume", *map(str, resumed)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
@@ -97,9 +100,11 @@ def test_a_group_trains_and_samples_what_one_process_does(
 
 
 @pytest.mark.parametrize("scenario", script.SCENARIOS)
-def test_embeddings_that_are_tied_are_trained_as_one(scenario: str, tied: Path, group: RunGroup) -> None:
+def test_embeddings_that_are_tied_are_trained_as_one_by_layers_that_are_compiled(
+    scenario: str, tied: Path, group: RunGroup
+) -> None:
     expected = script.SCENARIOS[scenario](single(tied))
-    with np.load(group("fsdp2", 2, deterministic=True, of=tied) / f"{scenario}.npz") as found:
+    with np.load(group("fsdp2", 2, deterministic=True, compiled=True, of=tied) / f"{scenario}.npz") as found:
         assert set(found) == set(expected)
         for name, values in expected.items():
             assert tiny.worst(found[name], values) <= 1e-5, name
@@ -149,7 +154,9 @@ def test_what_a_group_exports_loads_in_transformers(group: RunGroup) -> None:
 
 
 def test_in_deterministic_mode_it_does_not_matter_what_calls_share(tied: Path, group: RunGroup) -> None:
-    with np.load(group("fsdp2", 2, deterministic=True, of=tied) / "deterministic.npz") as found:
+    with np.load(
+        group("fsdp2", 2, deterministic=True, compiled=True, of=tied) / "deterministic.npz"
+    ) as found:
         for name in ("weights", "moment1", "moment2"):
             np.testing.assert_array_equal(found[f"together {name}"], found[f"alone {name}"])
 

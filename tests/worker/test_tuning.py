@@ -47,8 +47,10 @@ def torch_step(model: Any, optimizer: torch.optim.Optimizer, params: AdamParams)
     return float(norm)
 
 
-def assert_gradients_equal(engine: TunedEngine, expected: dict[str, torch.Tensor]) -> None:
-    state = engine.state("run")
+def assert_gradients_equal(
+    engine: TunedEngine, expected: dict[str, torch.Tensor], run_id: str = "run"
+) -> None:
+    state = engine.state(run_id)
     gradients = tiny.tensors(state, state.gradient)
     assert set(gradients) == set(expected)
     for name, found in gradients.items():

@@ -3,6 +3,7 @@ process and for many. `python -m tests.worker.tuned_group_script FOLDER OUT --ra
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from tests.worker import tiny
 from tests.worker.group_script import Found, custom_batch, flats
+from tests.worker.one_call import as_on_a_gpu
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.losses import LOSSES
 from tinsmith_api.journal.objects import DirectoryStore
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--parallel", required=True)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="layers are, as they would be on GPUs")
     parser.add_argument("--resume", type=Path, nargs="*", default=[], help="go on with runs left there")
     given = parser.parse_args()
     place, followers = place_in_environment(), None
@@ -260,7 +263,18 @@ def main() -> None:
         place, followers = start_followers(given.ranks, command)
     end_with_leader()
     engine = open_engine(given, Group(place, torch.device("cpu")))
-    if place.rank == 0:
+    with as_on_a_gpu() if given.compiled else contextlib.nullcontext():
+        run(engine, given)
+    held = [len(engine.base.counterparts._things)] if isinstance(engine, ShardedTunedEngine) else []
+    np.save(given.out / f"held{place.rank}.npy", np.array(held))
+    if followers is not None:
+        followers.let_go()
+
+
+def run(engine: Any, given: argparse.Namespace) -> None:
+    engine.base.can_compile = given.compiled
+    if engine._group.leads:
+        engine.warm_up()
         if given.deterministic:
             np.savez(given.out / "deterministic.npz", **deterministic(engine))
         run_all(engine, given.out)
@@ -270,10 +284,7 @@ def main() -> None:
     else:
         engine.follow()
         engine._group.close()
-    held = [len(engine.base.counterparts._things)] if isinstance(engine, ShardedTunedEngine) else []
-    np.save(given.out / f"held{place.rank}.npy", np.array(held))
-    if followers is not None:
-        followers.let_go()
+    assert engine.base.is_compiled == given.compiled
 
 
 def open_engine(given: argparse.Namespace, group: Group) -> Any:

@@ -303,7 +303,7 @@ class TorchEngine:
     def _computed(self, pieces: list[Piece], *, train: bool) -> list[Block]:
         stream = self._pack(pieces)
         blocks = self._blocks(pieces, stream)
-        compiled = self.base.is_compiled and self.base.weights_stay
+        compiled = self.base.runs_compiled and self.base.weights_stay
         as_training = train or (self._settings.deterministic and compiled)
         with torch.set_grad_enabled(as_training):
             hidden_TD = self.base.forward(stream, only_forward=not train)

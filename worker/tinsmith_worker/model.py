@@ -130,6 +130,11 @@ class Base:
             part.run_eagerly()
 
     @property
+    def runs_compiled(self) -> bool:
+        """Whether a pass runs what is compiled, where its attention lets it."""
+        return self.is_compiled
+
+    @property
     def _compiled_parts(self) -> list["Layer | Mixture"]:
         return [*self._layers, *self._mixtures]
 
@@ -161,7 +166,7 @@ class Base:
             stream.attention,
             acting or make(stream.segments, len(stream.tokens_T)),
             train=train,
-            may_compile=stream.attention.may_compile,
+            may_compile=self.runs_compiled and stream.attention.may_compile,
             keeping=(self.keeping or self._as_memory_allows(len(stream.tokens_T)))
             if as_training
             else Keeping(),

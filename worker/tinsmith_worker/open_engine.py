@@ -138,6 +138,7 @@ def _open_tuned(
     if group is not None:
         assert isinstance(engine, GroupEngine)
         _follow(engine, group)
+    engine.warm_up()
     if role == "train":
         return engine, NullSampler()
     tokenizer: Any = AutoTokenizer.from_pretrained(path)

@@ -4,6 +4,7 @@ Shapes: T packed tokens, N rows, D hidden, V vocabulary.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from tinsmith.errors import InvalidInput
 from tinsmith_worker import attention_call
-from tinsmith_worker.activations import Activations
+from tinsmith_worker.activations import Activations, Keeping
 from tinsmith_worker.adapters import Adapter, Kind
 from tinsmith_worker.attention import CausalSequences
 from tinsmith_worker.contract import LoraSpec
@@ -22,13 +23,17 @@ from tinsmith_worker.experts import is_mixture
 from tinsmith_worker.head import Head
 from tinsmith_worker.lora import Deltas, accumulate
 from tinsmith_worker.model import Base, Layer
+from tinsmith_worker.packed import triton_kernels
 from tinsmith_worker.stream import Segment, Stream
 from tinsmith_worker.tuning.methods import Wrapped
 from tinsmith_worker.tuning.weights import Form, Tuned
 
+log = logging.getLogger("tinsmith.worker")
+
 # Every run's is its own if its seed is; one is small, and made anew in a moment.
 _FORMS_KEPT = 16
-_LEARNED_ROWS = 256
+# Of a pass that is in nobody's way. The width of no model: torch's compiler takes equal sizes for one.
+_FEW_ROWS = 320
 
 
 class TunedBase(Base):
@@ -51,7 +56,7 @@ class TunedBase(Base):
             if hasattr(module, "layer_idx"):
                 self._let_call(module)
         self.sites = ()
-        self.kernels = self.can_compile = False
+        self.kernels = False
         self.facts = replace(self.facts, single_tenant=True)
         output = model.get_output_embeddings()
         self.head = _Head(0, output.weight, output.bias)
@@ -64,11 +69,55 @@ class TunedBase(Base):
         self._parameters: tuple[nn.Parameter, ...] = ()
         self._hooks: list[Any] = []
         self._active: Tuned | None = None
-        self._kept_by: dict[str, Activations] = {}  # by method and settings
+        self._kept_by: dict[str, Activations] = {}  # by method and settings, compiled or not
         attention_call.take(model)
-        self._check_packed(expected, architecture, None)
+        _, in_one_call = self._check_packed(expected, architecture, None)
+        self.can_compile = in_one_call and triton_kernels() is not None
         self._plain_layers = [layer for _, layer in layers]
         self._layers = [Layer(layer, n, self._current) for n, layer in enumerate(self._plain_layers)]
+
+    def compile(self) -> None:
+        """Compile the layers, all of it now, by passes of every kind: programs that a run's first pass makes
+        may follow from its size, and have other bits than those of the worker that replays it. Where torch's
+        compiler does not work, layers stay as they are."""
+        super().compile()
+        try:
+            self._rehearse()
+        except Exception:
+            log.exception("the layers of this base cannot be compiled: training is slower")
+            self.run_eagerly()
+
+    @property
+    def runs_compiled(self) -> bool:
+        """Not within a method of PEFT: its modules, which look about as they run, would be cut into twenty
+        programs."""
+        return self.is_compiled and self._wrapped is None
+
+    def _rehearse(self) -> None:
+        """There alone, and there and back, with the base's own weights. Nothing is kept of it."""
+        self._become(None)
+        stream = self._few()
+        with torch.no_grad():
+            Base.forward(self, stream)
+        self._enter_form(self._whole)
+        try:
+            for keeping in (Keeping(), Keeping(lean_layers=len(self._layers))):
+                self.keeping = keeping
+                hidden_TD = Base.forward(self, stream)
+                Base.backward(self, hidden_TD, torch.zeros_like(hidden_TD))
+            with torch.no_grad():
+                Base.forward(self, stream)
+        finally:
+            self.keeping = None
+            self._leave_form()
+
+    def _few(self, adapter: Tuned | None = None) -> Stream:
+        """Some rows, which count for `adapter` if there is one."""
+        rows = min(_FEW_ROWS, self.facts.max_context_length)
+        rows_T = torch.arange(rows, device=self.device)
+        attention = CausalSequences(np.array([rows]), is_deterministic=self.is_deterministic)
+        segments = (Segment(0, rows, adapter),) if adapter else ()
+        return Stream(torch.zeros_like(rows_T), rows_T, segments, attention)
 
     def forward(
         self, stream: Stream, acting: dict[Kind, Deltas] | None = None, *, only_forward: bool = False
@@ -83,20 +132,23 @@ class TunedBase(Base):
         return super().forward(stream, only_forward=only_forward)
 
     def _look_up_activations(self, adapter: Tuned) -> None:
-        kind = f"{adapter.spec.method} {adapter.spec.settings}"
+        kind = f"{adapter.spec.method} {adapter.spec.settings} {self.runs_compiled}"
         if (known := self._kept_by.get(kind)) is None:
             known = self.activations = self._kept_by[kind] = Activations(self.activations.layers)
             self._learn(adapter)
         self.activations = known
 
     def _learn(self, adapter: Tuned) -> None:
-        """How much the layers keep of a token, by a pass too small to be in the way: else the first one would
-        keep all of it, whether there is room or not. Methods differ in it manifold."""
-        rows = min(_LEARNED_ROWS, self.facts.max_context_length)
-        rows_T = torch.arange(rows, device=self.device)
-        attention = CausalSequences(np.array([rows]), is_deterministic=self.is_deterministic)
-        segment = Segment(0, rows, adapter)
-        Base.forward(self, Stream(torch.zeros_like(rows_T), rows_T, (segment,), attention))
+        """How much the layers keep of a token, lean or not, by passes too small to be in the way: else the
+        first one would keep all of it, whether there is room or not. Methods differ in it manifold."""
+        given, stream = self.keeping, self._few(adapter)
+        kinds = [Keeping()] + [Keeping(lean_layers=len(self._layers))] * self.runs_compiled
+        try:
+            for keeping in kinds:
+                self.keeping = keeping
+                Base.forward(self, stream)
+        finally:
+            self.keeping = given
 
     def _deltas(self, segments: Sequence[Segment], rows: int, *, train: bool) -> dict[Kind, Deltas]:
         return {}
@@ -165,12 +217,13 @@ class TunedBase(Base):
         self._form, self._wrapped, self._parameters, self._hooks = None, None, (), []
 
     def _take_gradient(self, number: int) -> Callable[[torch.Tensor], None]:
-        """What autograd calls when the gradient of a pass is complete: it is added to the float32 sum."""
+        """What autograd calls when the gradient of a pass is complete: it is added to the float32 sum of the
+        run, unless the pass was nobody's."""
 
         def take(parameter: torch.Tensor) -> None:
-            assert self._active is not None
             assert parameter.grad is not None
-            self._active.gradients[number].add_(parameter.grad)
+            if self._active is not None:
+                self._active.gradients[number].add_(parameter.grad)
             parameter.grad = None
 
         return take

@@ -56,6 +56,9 @@ class TunedEngine(TorchEngine):
             answers[-1].wait if answers else None,
         )
 
+    def _warm_up(self) -> None:
+        """Compiling such a base is passes already."""
+
     def _check_rank(self, spec: LoraSpec) -> None:
         self.base.form_of(spec)
 

@@ -171,6 +171,16 @@ class ShardedTunedBase(TunedBase, ShardedBase):
         made.number = self.counterparts.add(made)
         return made
 
+    def _rehearse(self) -> None:
+        with all_or_none():
+            super()._rehearse()
+
+    def _enter_form(self, form: Form | None) -> None:
+        """There is one, and it is always trained."""
+
+    def _leave_form(self) -> None:
+        """There is no other."""
+
     # -- passes --------------------------------------------------------------------------------------------
 
     def forward(
@@ -247,9 +257,9 @@ class ShardedTunedBase(TunedBase, ShardedBase):
     def _take_gradient(self, number: int) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             gradient: Any = parameter.grad
-            assert self._active is not None
-            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            self._active.gradients[number][: len(own)].add_(own)
+            if self._active is not None:
+                own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+                self._active.gradients[number][: len(own)].add_(own)
             parameter.grad = None
 
         return take

@@ -15,6 +15,7 @@ from tinsmith_api.bodies import Body, Strict
 _MAX_SAMPLES = 1024
 _MAX_TOPK = 128
 _MAX_STOPS = 256
+_MAX_STOP_BYTES = 1024
 _MAX_RESULT_BYTES = 64 << 20
 _INT32 = 2**31 - 1
 
@@ -90,6 +91,11 @@ def task_of(body: Sample, limits: Limits) -> pb.SampleTask:
         if isinstance(stop, str):
             if not stop:
                 raise InvalidInput("sampling_params.stop holds an empty string")
+            if len(stop.encode()) > _MAX_STOP_BYTES:
+                raise InvalidInput(
+                    f"sampling_params.stop holds a text of {len(stop.encode())} bytes, the limit is "
+                    f"{_MAX_STOP_BYTES}: so much of a sequence is read again after each token"
+                )
             task.stop_strings.append(stop)
         elif not 0 <= stop < limits.vocab_size:
             raise InvalidInput(f"sampling_params.stop holds {stop}, outside the vocabulary")

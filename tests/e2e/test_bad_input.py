@@ -339,6 +339,7 @@ BAD_SAMPLES: dict[str, Json] = {
     "stop out of range": {"params": {"stop": [10**9]}},
     "empty stop string": {"params": {"stop": [""]}},
     "too many stop strings": {"params": {"stop": [f"stop {n}" for n in range(10_000)]}},
+    "a long stop string": {"params": {"stop": ["and", "x" * 1025]}},
     "too many stop tokens": {"params": {"stop": [7] * 257}},
     "negative max_tokens": {"params": {"max_tokens": -1}},
     "targets of another length": {"target_prompt_logprobs": {"data": [1], "shape": [1, 1]}},

@@ -1,6 +1,7 @@
 """When a sequence ends before its length does. No torch."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -39,7 +40,10 @@ class StopRule:
             return False
         # A token is at least a byte of text, so this tail holds every string the last token can complete;
         # a string that lay further back would have ended the sequence then.
-        longest_bytes = max(len(string.encode()) for string in self.strings)
-        tail = tokens[-(longest_bytes + _MARGIN_TOKENS) :].tolist()
+        tail = tokens[-(self._longest_bytes + _MARGIN_TOKENS) :].tolist()
         text = self.decoder.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return any(string in text for string in self.strings)
+
+    @cached_property
+    def _longest_bytes(self) -> int:
+        return max(len(string.encode()) for string in self.strings)

@@ -59,9 +59,9 @@ def run(store: Store) -> str:
     return store.write(fill).result()
 
 
-def submit(store: Store, seq: int, **more: object) -> str:
+def submit(store: Store, seq: int, subject: str = "r", **more: object) -> str:
     tenant = store.read(lambda c: c.execute(sa.select(tenants.c.id)).scalar_one()).result()
-    operation = Operation("r", seq, ops.OPTIM_STEP, tenant, "m", payload=b"body", **more)  # type: ignore[arg-type]
+    operation = Operation(subject, seq, ops.OPTIM_STEP, tenant, "m", payload=b"body", **more)  # type: ignore[arg-type]
     return store.write(lambda c: ops.submit(c, operation)).result()[0].request_id
 
 

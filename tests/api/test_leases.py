@@ -96,15 +96,32 @@ def test_a_worker_that_joins_is_given_what_others_have_too_many_of(store: Store,
             break
         assert not beat(store, "w3").has_surplus
         lease = take(store, f"r{number}", "w2")
+        submit(store, 1, subject=f"r{number}")
         hand_over(store, lease)
         assert holder(store, f"r{number}") == ("w3", lease.epoch + 1, 0)
         with pytest.raises(LeaseLost):
             hand_over(store, lease)
     assert [holder(store, f"r{number}")[0] for number in range(5)] == ["w3", "w3", "w2", "w2", "w2"]
+    submit(store, 1, subject="r4")
     hand_over(store, take(store, "r4", "w2"))
     assert holder(store, "r4")[0] == "w2", "nobody has so much less"
     store.write(lambda c: leases.drain_worker(c, "w2")).result()
     assert not beat(store, "w2").has_surplus
+
+
+def test_a_run_for_which_nothing_waits_is_not_handed_over(store: Store, run: str) -> None:  # noqa: F811
+    """Who is given it would never hear of it, never let go of it, and be given no others."""
+    ready_worker(store, "w2")
+    for number in range(3):
+        new_run(store, f"r{number}")
+        place(store, f"r{number}")
+    ready_worker(store, "w3")
+    lease = take(store, "r0", "w2")
+    hand_over(store, lease)
+    assert holder(store, "r0") == ("w2", lease.epoch, 0)
+    submit(store, 1, subject="r0")
+    hand_over(store, lease)
+    assert holder(store, "r0") == ("w3", lease.epoch + 1, 0)
 
 
 def test_a_worker_of_one_role_is_given_nothing_else(store: Store, run: str) -> None:  # noqa: F811

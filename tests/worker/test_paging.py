@@ -126,7 +126,7 @@ def test_a_worker_that_has_more_than_others_hands_a_run_over_with_all_that_waits
     names = [house.run(name) for name in "abc"]
     for run in names:
         house.outcome(house.train(run, 1, 1, 2, 3))
-    behind = house.step(names[0], 3)  # waits for the call before it
+    behind, waiting, _ = [house.step(run, 3) for run in names]  # for the calls before them
 
     def holders() -> list[str | None]:
         columns = sa.select(runs.c.worker_id).order_by(runs.c.id)
@@ -142,19 +142,49 @@ def test_a_worker_that_has_more_than_others_hands_a_run_over_with_all_that_waits
         leases.describe_worker(c, "w2", {"vocab_size": 7})
 
     house.journal.write(enter).result()
-    waiting, *_ = house.step(names[0], 5), house.step(names[1], 3), house.step(names[2], 3)
+    house.step(names[0], 5)
     house.line.sendall(b"share\n")
-    wait_until(lambda: holders() == ["w2", "w1", "w1"], 10, "handing one over")
+    wait_until(lambda: holders() == ["w1", "w2", "w1"], 10, "handing one over")
     for _ in range(3):
         house.line.sendall(b"share\n")
     assert b'"grad_norm": 3.0' in (house.outcome(house.step(names[2], 2)).body or b"")
-    assert holders() == ["w2", "w1", "w1"], "it has only one more"
-    house.step(names[1], 2)
+    assert holders() == ["w1", "w2", "w1"], "it has only one more"
     house.drain()
-    house.train(names[0], 4, 1, 2, ring=False)
+    house.train(names[1], 2, 1, 2, ring=False)
     house.journal.write(lambda c: leases.stop_worker(c, "w2")).result()
     house.start("w3")
-    assert b'"grad_norm": 2.0' in (house.outcome(waiting).body or b"")
+    assert b'"grad_norm": 5.0' in (house.outcome(waiting).body or b"")
+    house.drain()
+
+
+def test_a_worker_that_has_more_than_others_gives_runs_back_that_nobody_calls(tmp_path: Path) -> None:
+    """To whoever has least when they are called, and not to one that would hear nothing of them."""
+    house = House(tmp_path)
+    house.start("w1")
+    names = [house.run(name) for name in "abcd"]
+    for run in names:
+        house.outcome(house.train(run, 1, 1, 2, 3))
+
+    def enter(c: sa.Connection) -> None:
+        leases.register_worker(c, "w2", "m", {})
+        leases.describe_worker(c, "w2", {"vocab_size": 7})
+
+    def holders() -> list[str | None]:
+        columns = sa.select(runs.c.worker_id).order_by(runs.c.id)
+        return [*house.journal.read(lambda c: c.execute(columns).scalars().all()).result()]
+
+    house.journal.write(enter).result()
+    for given_back in (1, 2):
+        house.line.sendall(b"share\n")
+        expected = [None] * given_back + ["w1"] * (4 - given_back)
+        wait_until(lambda expected=expected: holders() == expected, 10, "giving it back")
+    assert house.worker is not None
+    assert len(house.worker.held) == 2
+    assert house.journal.write(lambda c: leases.place(c, names[0], "m")).result() == "w2"
+    house.drain()
+    house.journal.write(lambda c: leases.stop_worker(c, "w2")).result()
+    house.start("w3")
+    assert house.gradient_of(house.step(names[0], 2)) == 3
     house.drain()
 
 
@@ -285,6 +315,10 @@ def test_a_tenant_s_limit_on_memory_is_kept_and_its_runs_go_on(tmp_path: Path) -
         house.run(name)
         house.outcome(house.train(name, 1, 1, 2, 3))
     wait_until(lambda: len(worker.held) <= 2, 10, "leaving memory")
+    placed = sa.select(sa.func.count(runs.c.worker_id))
+    wait_until(
+        lambda: house.journal.read(lambda c: c.execute(placed).scalar_one()).result() <= 2, 10, "giving back"
+    )
     for name in "abcdef":
         assert house.gradient_of(house.step(name, 2)) == 3
     house.drain()

@@ -70,11 +70,10 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Snapshotted:
-    """A snapshot that was taken so that its run can be let go of: `releases` its lease too."""
+    """A snapshot that was taken so that its run can be let go of."""
 
     run_id: str
     seq_id: int
-    releases: bool
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,9 @@ class Drain:
 
 @dataclass(frozen=True)
 class Share:
-    """Others of the pool have fewer runs: let one go to them."""
+    """Others of the pool have fewer runs: let one go to them. asked_at: by time.monotonic."""
+
+    asked_at: float
 
 
 _Work = queue.SimpleQueue[Callable[[], None]]

@@ -140,6 +140,7 @@ class Worker:
         self.alone: set[str] = set()  # operations that nothing may share a pass with
         self.draining = False
         self._looked_for_idle_at = time.monotonic()
+        self._shared_at = 0.0
         self.under_way = UnderWay(lambda: self.inbox.put(Computed()))
         self._taken_up_at = 0.0
         self.intake = Intake(
@@ -222,7 +223,7 @@ class Worker:
                 if ["drain"] in messages:
                     self.inbox.put(Drain())
                 if ["share"] in messages:
-                    self.inbox.put(Share())
+                    self.inbox.put(Share(time.monotonic()))
             log.info("the control plane is gone; draining")
         except Exception:
             # Deaf is worse than dead: another worker takes over.
@@ -287,8 +288,9 @@ class Worker:
                     metrics.LEASE_LOSSES.inc()
                     self._drop(run_id)
                     self.intake.adopt(run_id)  # if it is to be had: what was refused has to be done again
-            case Share():
-                self._share()
+            case Share(asked_at):
+                if asked_at > self._shared_at:  # or it was asked before the one that left last
+                    self._share()
             case Drain():
                 self.draining = True
 
@@ -688,14 +690,14 @@ class Worker:
         if self.archive.has_room:
             surplus = self.slots.surplus(self.page_limits, is_idle=lambda r: self._is_idle(self.held[r]))
             for run_id in surplus:
-                self._leave_with_snapshot(run_id, releases=False)
+                self._leave_with_snapshot(run_id)
         now = time.monotonic()
         if now - self._looked_for_idle_at < self._idle_check_seconds():
             return
         self._looked_for_idle_at = now
         for run_id, held in list(self.held.items()):
             if now - held.used_at > self.settings.idle_seconds and self._is_idle(held):
-                self._leave_with_snapshot(run_id, releases=True)
+                self._leave_with_snapshot(run_id)
 
     def _idle_check_seconds(self) -> float:
         return max(0.2, self.settings.idle_seconds / 10)
@@ -705,17 +707,17 @@ class Worker:
         run_id = held.lease.run_id
         return is_quiet and self.schedule.is_idle(run_id) and not self.under_way.holds(run_id)
 
-    def _leave_with_snapshot(self, run_id: str, *, releases: bool) -> None:
+    def _leave_with_snapshot(self, run_id: str) -> None:
         held = self.held[run_id]
         if held.leaving_at is not None or held.point.writing:
             return  # under way, or the one that is being written comes first
         if not self.slots.holds(run_id) or held.done_seq == held.point.seq_id:
-            self._part(Snapshotted(run_id, held.done_seq, releases))
+            self._part(Snapshotted(run_id, held.done_seq))
             return
         if not self.archive.has_room:
             return  # soon
         held.leaving_at = held.done_seq
-        event = Snapshotted(run_id, held.done_seq, releases)
+        event = Snapshotted(run_id, held.done_seq)
         self.archive.snapshot(
             held.lease,
             held.point,
@@ -725,7 +727,7 @@ class Worker:
         )
 
     def _part(self, event: Snapshotted) -> None:
-        """Forget the run, if nothing happened to it since it was snapshotted."""
+        """Forget the run and give it back, if nothing happened to it since it was snapshotted."""
         held = self.held.get(event.run_id)
         if held is None:
             return
@@ -735,21 +737,25 @@ class Worker:
             return
         metrics.PAGE_OUTS.labels("objects").inc()
         self._drop(event.run_id)
-        if event.releases:
-            lease = held.lease
-            release = functools.partial(
-                leases.release, run_id=lease.run_id, worker_id=lease.worker_id, epoch=lease.epoch
-            )
-            # Nobody waits for this: if it fails, the run just stays with this worker.
-            self.journal.write(release).add_done_callback(lambda done: done.exception())
+        lease = held.lease
+        release = functools.partial(
+            leases.release, run_id=lease.run_id, worker_id=lease.worker_id, epoch=lease.epoch
+        )
+        # Nobody waits for this: if it fails, the run just stays with this worker.
+        self.journal.write(release).add_done_callback(lambda done: done.exception())
 
     def _share(self) -> None:
-        """Let another worker have a run, whatever waits for it: the one that was called least lately."""
+        """Let another worker have a run, the one that was called least lately: with all that waits for it, or
+        with its next call."""
         there = [held for held in self.held.values() if not held.is_shut]
         if len(there) < len(self.held) or not there or not self.archive.has_room:
             return  # one after the other
         held = min(there, key=lambda held: held.used_at)
         lease = held.lease
+        self._shared_at = time.monotonic()
+        if self._is_idle(held):
+            self._leave_with_snapshot(lease.run_id)
+            return
         if held.point.writing or held.leaving_at is not None or not self.slots.holds(lease.run_id):
             return
         if held.done_seq > held.point.seq_id:

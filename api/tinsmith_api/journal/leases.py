@@ -348,10 +348,13 @@ def release(connection: sa.Connection, run_id: str, worker_id: str, epoch: int) 
 
 
 def hand_over(connection: sa.Connection, lease: Lease, base_model: str) -> None:
-    """Give a run, with what waits for it, to the worker of the pool that has least; if nobody has so much
-    less any more, it stays. LeaseLost as in `operations.finish`."""
+    """Give a run, with what waits for it, to the worker of the pool that has least. It stays if nobody has so
+    much less any more, or if nothing waits: a worker that never hears of a run would count it for ever.
+    LeaseLost as in `operations.finish`."""
     check_lease(connection, lease.run_id, lease.worker_id, lease.epoch)
-    if taker := _with_less(connection, base_model, lease.worker_id):
+    waits = sa.select(runs.c.id).where(runs.c.id == lease.run_id, _HAS_QUEUED)
+    taker = _with_less(connection, base_model, lease.worker_id)
+    if taker and connection.execute(waits).one_or_none():
         _move(connection, lease.run_id, lease.worker_id, taker, died=False)
 
 

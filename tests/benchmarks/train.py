@@ -162,9 +162,10 @@ def peft_step(
     names = [f"tenant_{number}" for number in range(len(tenants))] if exchange else ["default"]
     optimizers = []
     for name in names:
-        if name not in wrapped.peft_config:
-            wrapped.add_adapter(name, wrapped.peft_config["default"])
-        wrapped.set_adapter(name)
+        if exchange:
+            if name not in wrapped.peft_config:
+                wrapped.add_adapter(name, wrapped.peft_config["default"])
+            wrapped.set_adapter(name)
         adapters = [p for p in wrapped.parameters() if p.requires_grad]
         optimizers.append(torch.optim.AdamW(adapters, lr=1e-5, betas=(0.9, 0.95), fused=True))
     vocabulary = wrapped.config.vocab_size

@@ -1,9 +1,10 @@
 """Layers are compiled around an attention that is one kernel's call, which only a GPU has in half precision: here is
 one for every machine and dtype, in plain torch.
+
+Shapes: L tokens of a sequence, H query heads, G key/value heads, C channels of a head.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,14 +48,39 @@ def _forward(self: Any, layer: int, *given: Any) -> tuple[torch.Tensor, tuple[()
 
 def _backward(
     self: Any, gradient: Any, query: Any, key: Any, value: Any, output: Any, kept: Any, scale: float
-) -> Any:
-    def differentiate() -> Any:
-        parts = [x.detach().requires_grad_() for x in (query, key, value)]
-        return torch.autograd.grad(self._each(*parts, scale), parts, gradient)
+) -> tuple[torch.Tensor, ...]:
+    """By hand: on a GPU the thread that autograd works on is the one that waits for this."""
+    found = tuple(map(torch.zeros_like, (query, key, value)))
+    start = 0
+    for length in self._lengths:
+        rows = slice(start, start + length)
+        of_one = _differentiate(gradient[rows], query[rows], key[rows], value[rows], scale)
+        for into, part in zip(found, of_one, strict=True):
+            into[rows] = part
+        start = rows.stop
+    return found
 
-    # Within an operator of ours autograd is off, on this thread.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(differentiate).result()
+
+def _differentiate(
+    gradient_LHC: torch.Tensor,
+    query_LHC: torch.Tensor,
+    key_LGC: torch.Tensor,
+    value_LGC: torch.Tensor,
+    scale: float,
+) -> list[torch.Tensor]:
+    """dL/dquery, dL/dkey, dL/dvalue of one sequence."""
+    groups, repeats = key_LGC.shape[1], query_LHC.shape[1] // key_LGC.shape[1]
+    key_LHC, value_LHC = (x.repeat_interleave(repeats, 1) for x in (key_LGC, value_LGC))
+    d_HLC, q_HLC, k_HLC, v_HLC = (
+        x.transpose(0, 1).float() for x in (gradient_LHC, query_LHC, key_LHC, value_LHC)
+    )
+    later_LL = torch.ones(len(query_LHC), len(query_LHC), dtype=torch.bool, device=d_HLC.device).triu(1)
+    p_HLL = (scale * q_HLC @ k_HLC.mT).masked_fill(later_LL, -torch.inf).softmax(-1)
+    dp_HLL = d_HLC @ v_HLC.mT
+    ds_HLL = scale * p_HLL * (dp_HLL - (dp_HLL * p_HLL).sum(-1, keepdim=True))
+    of_queries, of_keys, of_values = ds_HLL @ k_HLC, ds_HLL.mT @ q_HLC, p_HLL.mT @ d_HLC
+    shared = [x.unflatten(0, (groups, repeats)).sum(1) for x in (of_keys, of_values)]
+    return [x.transpose(0, 1) for x in (of_queries, *shared)]
 
 
 def _read(self: Any, layer: int, *given: Any) -> tuple[torch.Tensor, tuple[()]]:

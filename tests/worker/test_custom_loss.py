@@ -211,6 +211,7 @@ def node(op: str, target: str, *args: Any, name: str = "loss", **kwargs: Any) ->
 
 
 OF = {"ref": "logprobs"}
+X = {"ref": "x"}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +229,9 @@ OF = {"ref": "logprobs"}
         (node("get_attr", "weight"), "not among"),
         (node("call_function", "getattr", OF, "__class__"), "may be asked"),
         (node("call_function", "getattr", OF, "data"), "may be asked"),
+        (node("call_function", "getattr", OF, []), "may be asked"),
+        (node("call_method", "to", OF, {"dtype": []}), "not with this value"),
+        (node("call_method", "to", OF, {"dtype": {}}), "not with this value"),
         (node("call_function", "torch.sum", OF, out=OF), "may not be given 'out'"),
         (node("call_function", "torch.nn.functional.relu", OF, inplace=True), "'inplace'"),
         (node("call_method", "to", OF, "cuda:0"), "no word"),
@@ -315,6 +319,27 @@ def test_many_operations_on_many_datums_are_refused() -> None:
         custom_loss.check(CustomInput(graph, ((),) * 400), np.full(400, 4), np.zeros(400, np.int64))
 
 
+@pytest.mark.parametrize("many", ["products", "reductions", "datums", "datums whose values are read"])
+def test_what_would_keep_the_engine_for_long_is_refused(many: str) -> None:
+    """However small what each operation leaves."""
+    square = node("call_function", "torch.full", {"tuple": [1024, 1024]}, 0.5, name="x")
+    read = node("call_function", "torch.gather", OF, 0, {"ref": "index"}, name="read")
+    index = node("call_function", "torch.full", {"tuple": [1]}, 0, dtype={"dtype": "int64"}, name="index")
+    nodes, datums = {
+        "products": ([node("call_method", "mm", X, X, name=f"n{i}") for i in range(30)], 1),
+        "reductions": ([node("call_method", "amax", X, name=f"n{i}") for i in range(300)], 1),
+        "datums": ([node("call_method", "mm", X, X, name="n")], 20),
+        "datums whose values are read": ([index, read, node("call_method", "mm", X, X, name="n")], 20),
+    }[many]
+    graph = graph_of(square, *nodes, node("call_method", "sum", OF, name="the_sum"), loss="the_sum")
+    assert graph.reads_values == many.endswith("read")
+    given = CustomInput(graph, ((),) * datums)
+    with pytest.raises(InvalidInput, match="send fewer datums"):
+        custom_loss.check(given, np.full(datums, 4), np.zeros(datums, np.int64))
+    fewer = graph_of(square, *nodes[:3], node("call_method", "sum", OF, name="the_sum"), loss="the_sum")
+    custom_loss.check(CustomInput(fewer, ((),) * 2), np.full(2, 4), np.zeros(2, np.int64))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's about forms that nobody writes
 def test_no_graph_does_more_than_be_refused() -> None:
     """Graphs of the list's operations with arguments that fit or do not, and JSON of any form."""
@@ -357,7 +382,11 @@ def _argument(draw: random.Random, known: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "graph", [None, [], {}, {"format": 2}, {"format": 1, "nodes": [1, 2]}, {"format": 1, "nodes": [{}, {}]}]
+    "graph",
+    [
+        *(None, [], {}, {"format": 2}, {"format": 1, "nodes": [1, 2]}, {"format": 1, "nodes": [{}, {}]}),
+        {"format": 1, "nodes": [LOGPROBS, {**LOGPROBS, "op": "output", "name": "o", "args": [1, 2]}]},
+    ],
 )
 def test_what_is_no_graph_is_refused(graph: Any) -> None:
     with pytest.raises(InvalidInput):

@@ -7,6 +7,7 @@ beforehand (`check`) cannot fail later. Shapes: N tokens of a datum, K targets p
 import functools
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +21,10 @@ from tinsmith.wire.loss_graph import FUNCTIONS, METHODS, Constant, LossGraph, No
 
 # What all nodes of one datum may hold together: 128 MiB of float32.
 _MAX_ELEMENTS = 1 << 25
-# Multiplications of one matrix product.
-_MAX_PRODUCTS = 1 << 31
+# What the operations of all datums of a call may read and write together: some seconds of the engine's time.
+_MAX_WORK = 1 << 28
+# An exponential takes longer than so many multiplications of a matrix product.
+_PRODUCTS = 64
 # Each takes some microseconds of the engine's time, during which nobody's pass runs.
 _MAX_STEPS = 1 << 16
 _MAX_PLACES = 16  # of a tuple that is put together of shapes
@@ -38,15 +41,19 @@ def check(given: CustomInput, lengths: Int64, widths: Int64) -> None:
             f"the custom loss {graph.name} has {len(graph.nodes)} operations: at most "
             f"{_MAX_STEPS // len(graph.nodes)} datums at a time can be computed with it, not {len(lengths)}"
         )
-    seen = set()
-    for number, (length, width, inputs) in enumerate(zip(lengths, widths, given.inputs, strict=True)):
-        form = (length, width, *(array.shape for array in inputs))
-        if form in seen and not graph.reads_values:
+    forms = [
+        (length, width, *(array.shape for array in inputs))
+        for length, width, inputs in zip(lengths, widths, given.inputs, strict=True)
+    ]
+    times = Counter(forms)
+    limits = _Limits()
+    for number, (length, width, *_) in enumerate(forms):
+        if not times[forms[number]]:
             continue
-        seen.add(form)
         logprobs = torch.zeros((length, width) if width else (length,), requires_grad=True)
         try:
-            _differentiate(graph, logprobs, inputs, _Limits())
+            limits.begin_datum(1 if graph.reads_values else times.pop(forms[number]))
+            _differentiate(graph, logprobs, given.inputs[number], limits)
         except InvalidInput as error:
             raise InvalidInput(f"datum {number}: {error}") from None
 
@@ -59,10 +66,14 @@ def evaluate(given: CustomInput, datum: int, logprobs: Float32) -> tuple[float, 
 
 
 class _Limits:
-    """What one datum may take, counted before each operation is done."""
+    """What the datums of a call may take, counted before each operation is done."""
 
     def __init__(self) -> None:
-        self._left = _MAX_ELEMENTS
+        self._work = 0
+
+    def begin_datum(self, times: int) -> None:
+        """One that stands for so many."""
+        self._held, self._times = 0, times
 
     def count(
         self, node: Node, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -72,22 +83,26 @@ class _Limits:
         ]
         if not tensors and node.op == "function" and not node.target.startswith("torch."):
             return
-        if node.target.rsplit(".", 1)[-1] in ("matmul", "mm", "mv", "dot") and len(tensors) == 2:
-            self._check(
-                tensors[0].numel() * (tensors[1].shape[-1] if tensors[1].ndim > 1 else 1), _MAX_PRODUCTS
-            )
         if any(t.dtype == torch.bool for t in tensors[1:]) and node.target == "operator.getitem":
             size = tensors[0].numel()  # at most; without the values nobody can say more
         else:
             size = sum(
                 t.numel() for t in _flat((_shapes_only(call, args, kwargs),)) if isinstance(t, torch.Tensor)
             )
-        self._left -= size
-        self._check(_MAX_ELEMENTS - self._left, _MAX_ELEMENTS)
-
-    def _check(self, taken: int, most: int) -> None:
-        if taken > most:
-            raise InvalidInput(f"it takes more than {most} numbers: pair tokens of shorter datums, or fewer")
+        self._held += size
+        if self._held > _MAX_ELEMENTS:
+            raise InvalidInput(
+                f"it takes more than {_MAX_ELEMENTS} numbers: pair tokens of shorter datums, or fewer"
+            )
+        work = size + sum(t.numel() for t in tensors)
+        if node.target.rsplit(".", 1)[-1] in ("matmul", "mm", "mv", "dot") and tensors[0].ndim:
+            work += size * tensors[0].shape[-1] // _PRODUCTS
+        self._work += work * self._times
+        if self._work > _MAX_WORK:
+            raise InvalidInput(
+                f"the operations of this call's datums read and write more than {_MAX_WORK} numbers: send "
+                "fewer datums at a time, or shorter ones"
+            )
 
 
 def _shapes_only(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -285,7 +285,7 @@ class _Reader:
     def _node(self, name: str, op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> Node:
         where = f"node {name!r}"
         if (op, target) == ("call_function", "getattr"):
-            if len(args) != 2 or kwargs or args[1] not in ATTRIBUTES or not _is_ref(args[0]):
+            if len(args) != 2 or kwargs or not _is_in(args[1], ATTRIBUTES) or not _is_ref(args[0]):
                 raise InvalidInput(f"{where}: of a tensor only {', '.join(sorted(ATTRIBUTES))} may be asked")
             return Node(name, "attribute", args[1], (self._arg(where, args[0]),), {})
         target = _ALIASES.get(target, target)
@@ -343,7 +343,7 @@ class _Reader:
                 return Ellipsis
             case "float" if value in ("inf", "-inf", "nan"):
                 return float(value)
-            case "dtype" if value in DTYPES:
+            case "dtype" if _is_in(value, DTYPES):
                 return Constant("dtype", value)
             case "device":
                 return Constant("device", "")  # wherever it is computed
@@ -358,8 +358,13 @@ def _is_ref(given: Any) -> bool:
     return isinstance(given, dict) and list(given) == ["ref"]
 
 
+def _is_in(given: Any, words: frozenset[str]) -> bool:
+    """Whatever `given` is, lists too."""
+    return isinstance(given, str) and given in words
+
+
 def _output(node: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    (returned,) = node.get("args") or [None]
+    returned = node["args"][0] if len(node.get("args", [])) == 1 else None
     pair = returned.get("tuple") if isinstance(returned, dict) else returned
     if not isinstance(pair, list) or len(pair) != 2 or not _is_ref(pair[0]):
         raise InvalidInput("the output must be a tuple of the loss and its metrics")

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,9 @@ from tinsmith_api.service import Service
 from tinsmith_api.settings import Settings
 
 log = logging.getLogger("tinsmith")
+
+# Open at once, connections among them.
+_FILES = 1 << 16
 
 
 def serve(settings: Settings) -> None:
@@ -55,6 +59,7 @@ def serve_api(settings: Settings) -> None:
 
 
 def _server(service: Service) -> uvicorn.Server:
+    _allow_connections()
     metrics.serve(service.settings.metrics_port)
     # A thread that reads a large body gives way to the event loop after so long, not after 5 ms each time.
     sys.setswitchinterval(0.0005)
@@ -71,6 +76,14 @@ def _server(service: Service) -> uvicorn.Server:
         timeout_keep_alive=180,
     )
     return uvicorn.Server(config)
+
+
+def _allow_connections() -> None:
+    """Every call that waits for a result holds one, and a shell gives a process 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def _address(listener: socket.socket) -> str:

@@ -1,6 +1,8 @@
 """`tinsmith serve` as its operator sees it: what it says, what it leaves on disk, how it ends."""
 
+import contextlib
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from tests.conftest import RunningService
 from tests.e2e.wire import Wire
+from tests.servers import wait_until
 from tinsmith_api.serve import local_key
 
 
@@ -40,6 +43,31 @@ def test_interrupted_while_a_model_is_loading_it_leaves_at_once(tmp_path: Path) 
     assert time.monotonic() - started < 5
     assert served.returncode == 0, said
     assert "Traceback" not in said
+
+
+def test_more_clients_wait_at_once_than_a_shell_gives_a_process_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tinsmith_api.cli", "serve", "--port", "0", "--data-dir", str(tmp_path)]
+    shell = ["sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh", *command, "--engine", "null"]
+    served = subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    address = tmp_path / "address"
+    wait_until(address.exists, 60, "saying where it listens")
+    host, port = address.read_text().removeprefix("http://").split(":")
+
+    def connect() -> socket.socket | None:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection((host, int(port)), timeout=20)
+        return None
+
+    wait_until(lambda: connect() is not None, 60, "listening")
+    waiting = list(filter(None, [connect() for _ in range(200)]))
+    try:
+        waiting[-1].sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert waiting[-1].recv(100).startswith(b"HTTP/1.1 ")
+    finally:
+        for connection in waiting:
+            connection.close()
+        served.send_signal(signal.SIGINT)
+        served.communicate(timeout=30)
 
 
 def test_what_it_keeps_is_readable_by_its_owner_only(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def engine() -> Iterator[TunedEngine]:
     """Ready, as a worker's is on a GPU. What is compiled now is all that may be."""
     with as_on_a_gpu():
         engine = engine_of()
-        engine.base.can_compile = True
+        engine.base.can_compile, engine.base.pass_tokens = True, 400
         engine.warm_up()
         assert engine.base.is_compiled
         programs = counters["stats"]["unique_graphs"]

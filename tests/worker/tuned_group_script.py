@@ -272,7 +272,7 @@ def main() -> None:
 
 
 def run(engine: Any, given: argparse.Namespace) -> None:
-    engine.base.can_compile = given.compiled
+    engine.base.can_compile, engine.base.pass_tokens = given.compiled, 256
     if engine._group.leads:
         engine.warm_up()
         if given.deterministic:

@@ -135,6 +135,7 @@ def _open_tuned(
     else:
         base = TunedBase.load(path, device=device, dtype=_dtype(device))
         engine = TunedGroupEngine(base, group, settings) if group else TunedEngine(base, settings)
+    engine.base.pass_tokens = settings.max_tokens_per_pass
     if group is not None:
         assert isinstance(engine, GroupEngine)
         _follow(engine, group)

@@ -24,7 +24,7 @@ from tinsmith_worker.head import Head
 from tinsmith_worker.lora import Deltas, accumulate
 from tinsmith_worker.model import Base, Layer
 from tinsmith_worker.packed import triton_kernels
-from tinsmith_worker.stream import Segment, Stream
+from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
 from tinsmith_worker.tuning.methods import Wrapped
 from tinsmith_worker.tuning.weights import Form, Tuned
 
@@ -32,8 +32,9 @@ log = logging.getLogger("tinsmith.worker")
 
 # Every run's is its own if its seed is; one is small, and made anew in a moment.
 _FORMS_KEPT = 16
-# Of a pass that is in nobody's way. The width of no model: torch's compiler takes equal sizes for one.
-_FEW_ROWS = 320
+# Of a pass that is in nobody's way.
+_FEW_ROWS = 256
+_USUAL_LENGTH = 512
 
 
 class TunedBase(Base):
@@ -41,9 +42,11 @@ class TunedBase(Base):
     the sampler, that the pass is for: pointers are exchanged, nothing is copied. All rows are one's.
 
     `reserve_bytes` of a GPU are left for passes: a chunk of the head's logits with its gradients, and layers'
-    activations, which are computed anew where there is little room."""
+    activations, which are computed anew where there is little room. `pass_tokens`: for passes of about so
+    many layers are compiled."""
 
     reserve_bytes = 12 << 30
+    pass_tokens = 8192
 
     def _take_over(self, model: Any, architecture: str, tokenizer: str) -> None:
         layers = self._look_at(model, architecture, tokenizer)
@@ -77,9 +80,9 @@ class TunedBase(Base):
         self._layers = [Layer(layer, n, self._current) for n, layer in enumerate(self._plain_layers)]
 
     def compile(self) -> None:
-        """Compile the layers, all of it now, by passes of every kind: programs that a run's first pass makes
-        may follow from its size, and have other bits than those of the worker that replays it. Where torch's
-        compiler does not work, layers stay as they are."""
+        """Compile the layers, all of it now, by passes of every kind: programs are made to suit the first
+        pass, however small a run's is, and would have other bits than those of the worker that replays it.
+        Where torch's compiler does not work, layers stay as they are."""
         super().compile()
         try:
             self._rehearse()
@@ -96,28 +99,30 @@ class TunedBase(Base):
     def _rehearse(self) -> None:
         """There alone, and there and back, with the base's own weights. Nothing is kept of it."""
         self._become(None)
-        stream = self._few()
+        # Like the width of no model: torch's compiler takes equal sizes for one.
+        stream = self._stream(max(_FEW_ROWS, self.pass_tokens) - LEAST_ROWS)
         with torch.no_grad():
             Base.forward(self, stream)
         self._enter_form(self._whole)
         try:
-            for keeping in (Keeping(), Keeping(lean_layers=len(self._layers))):
-                self.keeping = keeping
-                hidden_TD = Base.forward(self, stream)
-                Base.backward(self, hidden_TD, torch.zeros_like(hidden_TD))
+            # All layers but the last are lean as well, and there is room for that everywhere.
+            self.keeping = Keeping(recomputed_layers=len(self._layers) - 1)
+            hidden_TD = Base.forward(self, stream)
+            Base.backward(self, hidden_TD, torch.zeros_like(hidden_TD))
             with torch.no_grad():
                 Base.forward(self, stream)
         finally:
             self.keeping = None
             self._leave_form()
 
-    def _few(self, adapter: Tuned | None = None) -> Stream:
-        """Some rows, which count for `adapter` if there is one."""
-        rows = min(_FEW_ROWS, self.facts.max_context_length)
+    def _stream(self, rows: int, adapter: Tuned | None = None) -> Stream:
+        """So many rows, which count for `adapter` if there is one."""
+        length = min(_USUAL_LENGTH, self.facts.max_context_length)
         rows_T = torch.arange(rows, device=self.device)
-        attention = CausalSequences(np.array([rows]), is_deterministic=self.is_deterministic)
+        lengths_S = np.diff([*range(0, rows, length), rows])
+        attention = CausalSequences(lengths_S, is_deterministic=self.is_deterministic)
         segments = (Segment(0, rows, adapter),) if adapter else ()
-        return Stream(torch.zeros_like(rows_T), rows_T, segments, attention)
+        return Stream(torch.zeros_like(rows_T), rows_T % length, segments, attention)
 
     def forward(
         self, stream: Stream, acting: dict[Kind, Deltas] | None = None, *, only_forward: bool = False
@@ -141,7 +146,7 @@ class TunedBase(Base):
     def _learn(self, adapter: Tuned) -> None:
         """How much the layers keep of a token, lean or not, by passes too small to be in the way: else the
         first one would keep all of it, whether there is room or not. Methods differ in it manifold."""
-        given, stream = self.keeping, self._few(adapter)
+        given, stream = self.keeping, self._stream(_FEW_ROWS, adapter)
         kinds = [Keeping()] + [Keeping(lean_layers=len(self._layers))] * self.runs_compiled
         try:
             for keeping in kinds:

@@ -95,6 +95,9 @@ def time_all(engine: ShardedTunedEngine, run: Any) -> None:
     step()
     about = {"cards": cards, "shape": run.shape("8B")}
     run.row(**about, **train.timed(step, work[0].given.tokens, seconds=run.seconds))
+    if engine.base.can_compile:
+        engine.warm_up()
+        run.row(**about, compiled=True, **train.timed(step, work[0].given.tokens, seconds=run.seconds))
     if on_gpu:
         run.row(**about, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
     began = time.perf_counter()

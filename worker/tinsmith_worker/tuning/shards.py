@@ -172,6 +172,7 @@ class ShardedTunedBase(TunedBase, ShardedBase):
         return made
 
     def _rehearse(self) -> None:
+        """Together: nobody goes on with layers as they are while others make passes over programs."""
         with all_or_none():
             super()._rehearse()
 

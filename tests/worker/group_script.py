@@ -1,12 +1,10 @@
 """A group of ranks that trains and samples on a tiny base, for test_parallel.py: the same scenarios for one process
-and for many. `python -m tests.worker.group_script FOLDER OUT --ranks 2 --parallel fsdp2`; the leader starts the others,
-unless torchrun did.
+and for many. A rank that torchrun starts is `-m tests.worker.group_script FOLDER OUT PARALLEL`, in deterministic mode.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.parallel.engine import GroupEngine
 from tinsmith_worker.parallel.group import Group
-from tinsmith_worker.parallel.launch import end_with_leader, place_in_environment, start_followers
+from tinsmith_worker.parallel.launch import Place, place_in_environment
 from tinsmith_worker.parallel.load import read_sharded, read_zero
 from tinsmith_worker.parallel.shard import ShardedBase
 from tinsmith_worker.sampler import TorchSampler
@@ -362,55 +360,51 @@ SCENARIOS: dict[str, Callable[[TorchEngine], Found]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--parallel", required=True)
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--resume", type=Path, help="also continue the run another group left here")
-    given = parser.parse_args()
-    place, followers = place_in_environment(), None
-    if place is None:
-        command = [sys.executable, "-m", "tests.worker.group_script", *sys.argv[1:]]
-        place, followers = start_followers(given.ranks, command)
-    end_with_leader()
+@dataclass(frozen=True)
+class Asked:
+    """parallel: with what is offloaded, and where to: "fsdp2 host", "deepspeed disk". resume: also continue the run that
+    another group left there. compiled: layers are, as they would be on GPUs."""
+
+    folder: Path
+    out: Path
+    parallel: str
+    deterministic: bool = False
+    resume: Path | None = None
+    compiled: bool = False
+
+
+def work(asked: Asked, place: Place) -> None:
+    """What each of the ranks does."""
     group = Group(place, torch.device("cpu"))
-    base = read_base(given, group)
-    engine = GroupEngine(base, group, EngineSettings(256, given.deterministic))
+    engine = GroupEngine(read_base(asked, group), group, EngineSettings(256, asked.deterministic))
     if group.leads:
-        lead(engine, given)
+        lead(engine, asked)
         engine.close()
     else:
         engine.follow()
         group.close()
-    if followers is not None:
-        followers.let_go()
-    np.save(given.out / f"kept{group.rank}.npy", engine._adapters["kept"].weights.numpy())
+    np.save(asked.out / f"kept{group.rank}.npy", engine._adapters["kept"].weights.numpy())
 
 
-def read_base(given: argparse.Namespace, group: Group) -> Base:
-    """`parallel` with what is offloaded, and where to: "fsdp2 host", "deepspeed disk"."""
-    parallel, _, where = given.parallel.partition(" ")
+def read_base(asked: Asked, group: Group) -> Base:
+    parallel, _, where = asked.parallel.partition(" ")
     if parallel == "none":
-        return Base.load(given.folder, device=group.device, dtype=torch.float32)
+        return Base.load(asked.folder, device=group.device, dtype=torch.float32)
     options: dict[str, Any] = {"dtype": torch.float32, "offload": where == "host"}
     if parallel == "fsdp2":
-        return ShardedBase(read_sharded(given.folder, group, **options), group)
-    folder = str(given.out.with_name(f"{given.out.name} disk")) if where == "disk" else ""
-    return ShardedBase(read_zero(given.folder, group, **options, folder=folder), group)
+        return ShardedBase(read_sharded(asked.folder, group, **options), group)
+    folder = str(asked.out.with_name(f"{asked.out.name} disk")) if where == "disk" else ""
+    return ShardedBase(read_zero(asked.folder, group, **options, folder=folder), group)
 
 
-def lead(engine: TorchEngine, given: argparse.Namespace) -> None:
-    given.out.mkdir()
-    if given.deterministic:
-        np.savez(given.out / "together_and_alone.npz", **together_and_alone(engine))
+def lead(engine: TorchEngine, asked: Asked) -> None:
+    if asked.deterministic:
+        np.savez(asked.out / "together_and_alone.npz", **together_and_alone(engine))
     else:
-        run_all(engine, given.out, given.resume)
-    if given.parallel == "none":
-        np.savez(given.out / "scores.npz", **scores(engine))
-        np.savez(given.out / "failing_pass.npz", **failing_pass(engine))
+        run_all(engine, asked.out, asked.resume)
+    if asked.parallel == "none":
+        np.savez(asked.out / "scores.npz", **scores(engine))
+        np.savez(asked.out / "failing_pass.npz", **failing_pass(engine))
     engine.create("kept", SPEC)
     for step in range(3):
         engine.forward_backward([Work("kept", tiny.batch("cross_entropy", (20, 9, 31), seed=step))])
@@ -432,4 +426,6 @@ def read_state(folder: Path) -> AdapterState:
 
 
 if __name__ == "__main__":
-    main()
+    told = place_in_environment()
+    assert told is not None, "for torchrun"
+    work(Asked(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], deterministic=True), told)

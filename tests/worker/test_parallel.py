@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from tests.worker import group_script as script
 from tests.worker import tiny
+from tests.worker.ranks import Ranks
 from tinsmith.errors import InvalidInput
 from tinsmith_worker.contract import Work
 from tinsmith_worker.engine import EngineSettings, TorchEngine
@@ -66,29 +68,34 @@ RunGroup = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def group(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunGroup:
+def group(folder: Path, forked: Ranks, tmp_path_factory: pytest.TempPathFactory) -> RunGroup:
     """Where the files are that a group of ranks left; it is run once. Groups of three also continue the run of
     the group of two. `of`: the base."""
     root = tmp_path_factory.mktemp("groups")
 
     def run(parallel: str, ranks: int, *, deterministic: bool = False, of: Path = folder) -> Path:
         out = root / f"{parallel}{ranks}{deterministic}{of.name}"
-        if not out.exists():
-            command = [sys.executable]
-            if deterministic:  # and started by torchrun, where the others start themselves
-                command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            command += ["-m", "tests.worker.group_script", str(of), str(out)]
-            command += ["--ranks", str(ranks), "--parallel", parallel, *["--deterministic"] * deterministic]
-            if ranks == 3:
-                command += ["--resume", str(run(parallel, 2))]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if out.exists():
+            return out
+        resume = run(parallel, 2) if ranks == 3 else None
+        out.mkdir()
+        if deterministic:
+            by_torchrun(ranks, of, out, parallel)
+        else:
+            work = partial(script.work, script.Asked(of, out, parallel, resume=resume))
             # DeepSpeed compiles what it reads disks with, once on a machine.
-            patience = 1500 if parallel == "deepspeed disk" else 280
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience)
-            assert done.returncode == 0, done.stderr
+            forked.run(ranks, out, work, patience_seconds=1500 if parallel == "deepspeed disk" else 280)
         return out
 
     return run
+
+
+def by_torchrun(ranks: int, *given: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "tests.worker.group_script", *map(str, given)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
 
 
 def worst(found: Path, expected: Path) -> dict[str, float]:

@@ -1,9 +1,7 @@
 """All weights trained by several ranks are those that one process trains. Real groups of processes, over gloo."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.worker import tiny
 from tests.worker import tuned_group_script as script
+from tests.worker.ranks import Ranks
 from tests.worker.test_parallel import worst
 from tinsmith.errors import InvalidInput
 from tinsmith_api.journal.objects import DirectoryStore
@@ -56,7 +55,7 @@ RunGroup = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def group(folder: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> RunGroup:
+def group(folder: Path, alone: Path, forked: Ranks, tmp_path_factory: pytest.TempPathFactory) -> RunGroup:
     """Where the files are that a group of ranks left; it is run once. Groups also go on with the run of one process,
     and those of three with that of two."""
     root = tmp_path_factory.mktemp("groups")
@@ -71,13 +70,8 @@ def group(folder: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -
         if (parallel, ranks) == ("fsdp2", 3):
             resumed.append(run("fsdp2", 2))
         out.mkdir()
-        command = [sys.executable, "-m", "tests.worker.tuned_group_script", str(of), str(out)]
-        command += ["--ranks", str(ranks), "--parallel", parallel, *["--deterministic"] * deterministic]
-        command += ["--compiled"] * compiled
-        command += ["--resume", *map(str, resumed)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr
+        asked = script.Asked(of, out, parallel, deterministic, compiled=compiled)
+        forked.run(ranks, out, partial(script.work, asked, resumed))
         return out
 
     return run

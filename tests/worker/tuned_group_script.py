@@ -1,11 +1,7 @@
 """A group of ranks that trains all weights of a tiny base, for test_tuned_group.py: the same scenarios for one
-process and for many. `python -m tests.worker.tuned_group_script FOLDER OUT --ranks 2 --parallel fsdp2`.
-"""
+process and for many."""
 
-import argparse
 import contextlib
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,7 @@ import numpy as np
 import torch
 
 from tests.worker import tiny
-from tests.worker.group_script import Found, custom_batch, flats
+from tests.worker.group_script import Asked, Found, custom_batch, flats
 from tests.worker.one_call import as_on_a_gpu
 from tinsmith.errors import InvalidInput
 from tinsmith.wire.losses import LOSSES
@@ -25,7 +21,7 @@ from tinsmith_worker.contract import AdamParams, AdapterState, Failure, LoraSpec
 from tinsmith_worker.engine import EngineSettings
 from tinsmith_worker.in_pieces import Held
 from tinsmith_worker.parallel.group import Group
-from tinsmith_worker.parallel.launch import end_with_leader, place_in_environment, start_followers
+from tinsmith_worker.parallel.launch import Place
 from tinsmith_worker.parallel.load import read_sharded
 from tinsmith_worker.slots import Slots
 from tinsmith_worker.tuning.base import TunedBase
@@ -247,55 +243,35 @@ def run_all(engine: TunedEngine, out: Path) -> None:
         np.savez(out / "methods.npz", **methods(engine))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--parallel", required=True)
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--compiled", action="store_true", help="layers are, as they would be on GPUs")
-    parser.add_argument("--resume", type=Path, nargs="*", default=[], help="go on with runs left there")
-    given = parser.parse_args()
-    place, followers = place_in_environment(), None
-    if place is None:
-        command = [sys.executable, "-m", "tests.worker.tuned_group_script", *sys.argv[1:]]
-        place, followers = start_followers(given.ranks, command)
-    end_with_leader()
-    engine = open_engine(given, Group(place, torch.device("cpu")))
-    with as_on_a_gpu() if given.compiled else contextlib.nullcontext():
-        run(engine, given)
+def work(asked: Asked, runs_left: list[Path], place: Place) -> None:
+    """What each of the ranks does; `runs_left`: they also go on with what was left there."""
+    engine = open_engine(asked, Group(place, torch.device("cpu")))
+    with as_on_a_gpu() if asked.compiled else contextlib.nullcontext():
+        run(engine, asked, runs_left)
     held = [len(engine.base.counterparts._things)] if isinstance(engine, ShardedTunedEngine) else []
-    np.save(given.out / f"held{place.rank}.npy", np.array(held))
-    if followers is not None:
-        followers.let_go()
+    np.save(asked.out / f"held{place.rank}.npy", np.array(held))
 
 
-def run(engine: Any, given: argparse.Namespace) -> None:
-    engine.base.can_compile, engine.base.pass_tokens = given.compiled, 256
+def run(engine: Any, asked: Asked, runs_left: list[Path]) -> None:
+    engine.base.can_compile, engine.base.pass_tokens = asked.compiled, 256
     if engine._group.leads:
         engine.warm_up()
-        if given.deterministic:
-            np.savez(given.out / "deterministic.npz", **deterministic(engine))
-        run_all(engine, given.out)
-        for folder in given.resume:
-            np.savez(given.out / f"resumed {folder.name}.npz", **go_on(engine, DirectoryStore(folder)))
+        if asked.deterministic:
+            np.savez(asked.out / "deterministic.npz", **deterministic(engine))
+        run_all(engine, asked.out)
+        for folder in runs_left:
+            np.savez(asked.out / f"resumed {folder.name}.npz", **go_on(engine, DirectoryStore(folder)))
         engine.close()
     else:
         engine.follow()
         engine._group.close()
-    assert engine.base.is_compiled == given.compiled
+    assert engine.base.is_compiled == asked.compiled
 
 
-def open_engine(given: argparse.Namespace, group: Group) -> Any:
-    settings = EngineSettings(256, given.deterministic)
-    if given.parallel == "none":
-        base = TunedBase.load(given.folder, device=group.device, dtype=torch.float32)
+def open_engine(asked: Asked, group: Group) -> Any:
+    settings = EngineSettings(256, asked.deterministic)
+    if asked.parallel == "none":
+        base = TunedBase.load(asked.folder, device=group.device, dtype=torch.float32)
         return TunedGroupEngine(base, group, settings)
-    model = read_sharded(given.folder, group, dtype=torch.float32)
+    model = read_sharded(asked.folder, group, dtype=torch.float32)
     return ShardedTunedEngine(ShardedTunedBase(model, group), group, settings)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()

@@ -61,7 +61,7 @@ class Followers:
         self._folder = tempfile.TemporaryDirectory(prefix="tinsmith-group-")
         # A file and not a port: nobody else can take it, and nobody outside reaches it.
         self.meeting = f"file://{Path(self._folder.name) / 'meeting'}"
-        _keep_on_this_machine()
+        keep_on_this_machine()
         self._is_over = threading.Event()
         self._processes = [
             subprocess.Popen(
@@ -104,7 +104,7 @@ class Followers:
             os._exit(1)
 
 
-def _keep_on_this_machine() -> None:
+def keep_on_this_machine() -> None:
     """One machine's ranks talk over the loopback interface, unless somebody says otherwise."""
     names = {name for _, name in socket.if_nameindex()}
     for loopback in names & {"lo", "lo0"}:

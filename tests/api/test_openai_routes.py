@@ -499,6 +499,7 @@ LONG = "x, " * 5000
         ("completions", {"prompt": LONG * 20}, "prompt", "context is 4096 tokens"),
         ("completions", {"prompt": "x", "max_tokens": 4096}, "prompt", "context is 4096 tokens"),
         ("completions", {"prompt": ["x"] * 300, "n": 2, "max_tokens": 4000}, "max_tokens", "a request"),
+        ("completions", {"prompt": ["x"] * 10**4}, "prompt", "List should have at most"),
         ("completions", {"prompt": "x", "presence_penalty": 0.5}, "presence_penalty", "equal to 0"),
         ("completions", {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "at most 0"),
         ("completions", {"prompt": "x", "best_of": 4}, "best_of", "best_of must be n"),

@@ -173,10 +173,10 @@ async def read(mine: Owner, request: Request, model: type[Read]) -> Read:
 
 def _refusal(error: ValidationError) -> Refused:
     """Of the first member that is wrong. One that may be of several forms has an error for each: the form
-    that went deepest was meant, or the one whose kind was right."""
+    whose kind was right was meant, or the one that went deepest."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     of_first = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
-    worst = max(of_first, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
+    worst = max(of_first, key=lambda e: (not e["type"].endswith(("_type", "_parsing")), len(e["loc"])))
     # The names of the forms are in it, too.
     place = [part for part in worst["loc"] if isinstance(part, int) or part.replace("_", "").isalnum()]
     param = ".".join(str(part) for part in place if part != "str")

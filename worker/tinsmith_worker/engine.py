@@ -9,14 +9,14 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tinsmith.errors import InvalidInput
-from tinsmith.wire.batch import Float32, Int32, Int64, TrainInput, TrainOutput
+from tinsmith.wire.batch import Int32, Int64, TrainInput, TrainOutput
 from tinsmith.wire.loss_graph import LOSS as CUSTOM
 from tinsmith_worker import custom_loss, losses, optim
 from tinsmith_worker.activations import Keeping
@@ -32,8 +32,9 @@ from tinsmith_worker.contract import (
     StateOnTheWay,
     Work,
 )
-from tinsmith_worker.copies import HostCopier, OnTheWay, to_device
+from tinsmith_worker.copies import HostCopier, to_device
 from tinsmith_worker.model import Base
+from tinsmith_worker.pieces import Block, Piece, add_up, by_adapter, computed_of, on_the_way, outputs_of
 from tinsmith_worker.stream import LEAST_ROWS, Segment, Stream
 
 log = logging.getLogger("tinsmith.worker")
@@ -53,45 +54,6 @@ class EngineSettings:
 
     max_tokens_per_pass: int = 8192
     deterministic: bool = False
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some whole datums of an operation, which go through the model in one pass: `rows` of its arrays."""
-
-    operation: int  # its place in the work
-    adapter: Adapter
-    given: TrainInput
-    rows: slice
-    lengths_S: Int64
-    datums: slice
-
-    @property
-    def tokens(self) -> int:
-        return int(self.rows.stop - self.rows.start)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Pieces side by side in a pass whose losses are computed in one go. `rows` are the stream's; `results`
-    [N, K + 1]: logprobs, then the loss of the row. `metric_sums` of a custom loss, by operation."""
-
-    pieces: list[Piece]
-    segments: list[Segment]  # counted from the block's first row
-    rows: slice
-    loss: str
-    lengths_S: Int64
-    results: torch.Tensor
-    metric_sums: dict[int, dict[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Computed:
-    """results: rows [N, K + 1] of every piece, as a block's. metric_sums: of custom losses, parts of them,
-    with their operations."""
-
-    results: list[tuple[Piece, Float32]]
-    metric_sums: list[tuple[int, dict[str, float]]]
 
 
 class TorchEngine:
@@ -421,7 +383,7 @@ class TorchEngine:
                 own = logprobs[rows, :width] if width else logprobs[rows, 0]
                 losses_N[row], slope, metrics = custom_loss.evaluate(custom, datum, own)
                 slopes_NK[rows, : max(width, 1)] = slope.reshape(len(slope), -1)
-                _add(sums, metrics)
+                add_up(sums, metrics)
                 row = rows.stop
         block.results[:, :-1] = logprobs_NK
         block.results[:, -1] = to_device(losses_N, self.base.device)
@@ -443,37 +405,6 @@ class TorchEngine:
         return targets_NK, dict(zip(names, columns_CN, strict=True))
 
 
-def by_adapter(pieces: list[Piece]) -> list[Piece]:
-    """One adapter's side by side and in order, and near adapters that are like it."""
-    seen = {id(piece.adapter): number for number, piece in reversed(list(enumerate(pieces)))}
-    return sorted(pieces, key=lambda p: (*_neighbourhood(p.adapter.spec), seen[id(p.adapter)]))
-
-
-def on_the_way(blocks: list[Block]) -> OnTheWay:
-    return OnTheWay([block.results for block in blocks])
-
-
-def computed_of(blocks: list[Block], results: OnTheWay) -> Computed:
-    """`results`: theirs, `on_the_way`; this waits for them."""
-    computed = Computed([], [])
-    for block, of_block in zip(blocks, results.arrays(), strict=True):
-        for piece, segment in zip(block.pieces, block.segments, strict=True):
-            computed.results.append((piece, of_block[segment.start : segment.stop]))
-        computed.metric_sums.extend(block.metric_sums.items())
-    return computed
-
-
-def outputs_of(work: Sequence[Work], computed: Computed) -> list[TrainOutput]:
-    """What was computed of all pieces of `work`, operation by operation."""
-    found = [np.empty((o.given.tokens, o.given.targets_TK.shape[1] + 1), np.float32) for o in work]
-    for piece, results in computed.results:
-        found[piece.operation][piece.rows] = results
-    sums: list[dict[str, float]] = [{} for _ in work]
-    for operation, own in computed.metric_sums:
-        _add(sums[operation], own)
-    return [TrainOutput(f[:, :-1], f[:, -1], own) for f, own in zip(found, sums, strict=True)]
-
-
 def _any_input(lengths_S: Int64, vocabulary: int) -> TrainInput:
     tokens = int(lengths_S.sum())
     return TrainInput(
@@ -487,11 +418,6 @@ def _any_input(lengths_S: Int64, vocabulary: int) -> TrainInput:
     )
 
 
-def _add(sums: dict[str, float], own: dict[str, float]) -> None:
-    for name, value in own.items():
-        sums[name] = sums.get(name, 0.0) + value
-
-
 def _scored(text: Int32) -> TrainInput:
     return TrainInput(
         loss="cross_entropy",
@@ -502,14 +428,6 @@ def _scored(text: Int32) -> TrainInput:
         target_widths_S=np.zeros(1, np.int64),
         columns={"weights": np.ones((len(text) - 1, 1), np.float32)},
     )
-
-
-def _neighbourhood(spec: LoraSpec) -> tuple[int, int]:
-    """Sorts adapters so that those acting on attention are one stretch of rows, and so are those acting on
-    the MLPs; and equal ranks meet, which are padded to the widest of a pass."""
-    return {(True, False): 0, (True, True): 1, (False, True): 2, (False, False): 3}[
-        spec.train_attn, spec.train_mlp
-    ], spec.rank
 
 
 def _described(spec: LoraSpec) -> str:

@@ -27,20 +27,11 @@ from tinsmith_worker.contract import (
     StateOnTheWay,
     Work,
 )
-from tinsmith_worker.engine import (
-    Block,
-    Computed,
-    EngineSettings,
-    Piece,
-    TorchEngine,
-    by_adapter,
-    computed_of,
-    on_the_way,
-    outputs_of,
-)
+from tinsmith_worker.engine import EngineSettings, TorchEngine
 from tinsmith_worker.model import Base
 from tinsmith_worker.parallel.group import Group, all_or_none
 from tinsmith_worker.parallel.shard import ShardedBase
+from tinsmith_worker.pieces import Block, Computed, Piece, by_adapter, computed_of, on_the_way, outputs_of
 
 log = logging.getLogger("tinsmith.worker")
 

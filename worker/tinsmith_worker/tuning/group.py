@@ -25,10 +25,11 @@ from tinsmith_worker.contract import (
     arrived,
 )
 from tinsmith_worker.copies import on_host
-from tinsmith_worker.engine import Computed, EngineSettings, Piece
+from tinsmith_worker.engine import EngineSettings
 from tinsmith_worker.in_pieces import FLATS, Held
 from tinsmith_worker.parallel.engine import GroupEngine
 from tinsmith_worker.parallel.group import Group
+from tinsmith_worker.pieces import Computed, Piece
 from tinsmith_worker.tuning.engine import TunedEngine, TunedSampler
 from tinsmith_worker.tuning.shards import Counterparts, CutForm, ShardedTunedBase, Shards
 

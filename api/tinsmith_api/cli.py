@@ -227,13 +227,19 @@ def _serve(given: argparse.Namespace) -> None:
     from tinsmith_api.serve import serve
 
     models = dict(map(_name_and_path, given.model)) if given.model else None
-    serve(_settings(given, models=models))
+    settings = _settings(given, models=models)
+    _make(settings.folder)
+    serve(settings)
 
 
 def _api(given: argparse.Namespace) -> None:
+    from tinsmith_api.journal.store import Unavailable
     from tinsmith_api.serve import serve_api
 
-    serve_api(_of_fleet(_settings(given)))
+    try:
+        serve_api(_of_fleet(_settings(given)))
+    except Unavailable as error:
+        sys.exit(f"tinsmith: {error}")
 
 
 def _worker(given: argparse.Namespace) -> None:
@@ -309,12 +315,23 @@ def _of_fleet(settings: "Settings") -> "Settings":
 
 
 def _open_journal(given: argparse.Namespace) -> "Store":
-    from tinsmith_api.journal.store import Store
+    from tinsmith_api.journal.store import Store, Unavailable
 
     # A verb's own options, such as a tenant's limits, may be called as settings are.
     settings = _settings(argparse.Namespace(config=given.config, data_dir=given.data_dir))
-    settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Store(settings.database_url)
+    _make(settings.folder)
+    try:
+        return Store(settings.database_url)
+    except Unavailable as error:
+        sys.exit(f"tinsmith: {error}")
+
+
+def _make(folder: Path) -> None:
+    """The data directory, if there is none."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"tinsmith: {folder} cannot be made ({error.strerror}): choose another --data-dir")
 
 
 def _migrate(given: argparse.Namespace) -> None:

@@ -26,11 +26,10 @@ _FILES = 1 << 16
 
 
 def serve(settings: Settings) -> None:
-    """Run everything until interrupted. Exits with a sentence if the port or the data directory is taken, or
-    if a base model cannot be loaded."""
+    """Run everything until interrupted, on a data directory that is there. Exits with a sentence if the port
+    or that directory is taken, or if a base model cannot be loaded."""
     # Here everything lives in one process tree, whatever the environment says of a fleet.
     settings = settings.model_copy(update={"redis": SecretStr("")})
-    settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     guard = _own(settings.folder)
     address = settings.folder / "address"  # for tinsmith.connect(): where the one that holds the lock listens
     address.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """`tinsmith serve` as its operator sees it: what it says, what it leaves on disk, how it ends."""
 
 import contextlib
+import os
 import signal
 import socket
 import stat
@@ -9,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import RunningService
 from tests.e2e.wire import Wire
-from tests.servers import wait_until
+from tests.servers import free_port, wait_until
 from tinsmith_api.serve import local_key
 
 
@@ -29,6 +32,33 @@ def test_a_path_that_holds_no_model_ends_the_service_with_a_sentence(tmp_path: P
     last = said.strip().splitlines()[-1]
     assert last.startswith("tinsmith: the worker of foo could not start from '/nonexistent'"), said
     assert "log above" in last
+
+
+def test_what_an_operator_gets_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said, _ = _serve(tmp_path / "file" / "data").communicate(timeout=90)
+    assert (
+        said
+        == f"tinsmith: {tmp_path}/file/data cannot be made (Not a directory): choose another --data-dir\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["api", "--port", "0"], ["admin", "keys", "list"]])
+def test_a_database_that_is_not_there_is_said_in_a_sentence(command: list[str]) -> None:
+    nobody = f"postgresql+psycopg://u:p@127.0.0.1:{free_port()}/x"
+    settings = {"DATABASE": nobody, "REDIS": "redis://127.0.0.1:1/0", "OBJECTS": "/tmp/none"}
+    environment = {**os.environ, **{f"TINSMITH_{name}": value for name, value in settings.items()}}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tinsmith_api.cli", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ended.returncode == 1
+    assert "tinsmith: the database does not answer: connection failed" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_interrupted_while_a_model_is_loading_it_leaves_at_once(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """What a caller may have at once, use in all, and ask for in a minute.
 
-Looked up once a second, with what came in between counted along. A fleet's API processes count calls per
-minute together, in Redis; everything else is the journal's.
+Looked up once a second, with what came in between counted along, and again before a call is told that too
+many others are under way. A fleet's API processes count calls per minute together, in Redis; everything else
+is the journal's.
 """
 
+import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +23,8 @@ from tinsmith_api.settings import Settings
 
 Read = Callable[[Callable[[Any], Any]], Awaitable[Any]]
 
+# By then what was let in before is in the journal.
+_SETTLING_SECONDS = 0.1
 # Waiting for results, and saying that one is still there, is no use of the service.
 _UNCOUNTED = {
     f"/api/v1/{route}"
@@ -97,14 +101,19 @@ class Limits:
 
     async def check(self, operation: Operation, caller: Caller | None) -> None:
         """TooMany, BudgetSpent, or InvalidInput if it cannot be let in now. Otherwise it is counted."""
-        tenant = await self._tenant(operation.tenant_id)
         budgets = await self._budgets_of(operation) if operation.tokens else []
-        key = await self._key(caller) if caller is not None else None
-        refusal = self._of_tenant(operation, tenant)
+        tenant, key = await self._tenant(operation.tenant_id), await self._key(caller)
+        if self._of_calls(operation, tenant, caller, key) is not None:
+            # By what was under way when it was looked up, which may be finished since.
+            await asyncio.sleep(_SETTLING_SECONDS)
+            self._tenants.forget_this(operation.tenant_id, tenant)
+            tenant = await self._tenant(operation.tenant_id)
+            if caller is not None and key is not None:
+                self._keys.forget_this(str(caller.key_id), key)
+                key = await self._key(caller)
+        refusal = self._of_calls(operation, tenant, caller, key)
         for budget, spent in budgets:
             refusal = refusal or _of_budget(operation, budget, spent.tokens)
-        if caller is not None and key is not None:
-            refusal = refusal or _of_key(operation, caller, key)
         if refusal is not None:
             # A call that is sent again was let in before.
             if not await self._read(lambda c: ops.is_known(c, operation.subject, operation.seq_id)):
@@ -122,7 +131,8 @@ class Limits:
     async def _tenant(self, tenant_id: str) -> ops.Usage:
         known = self._tenants.get(tenant_id)
         if known is None:
-            known = self._tenants.put(tenant_id, await self._read(lambda c: ops.usage(c, tenant_id)))
+            found = await self._read(lambda c: ops.usage(c, tenant_id))
+            known = self._tenants.get(tenant_id) or self._tenants.put(tenant_id, found)
         return known
 
     async def _budgets_of(self, operation: Operation) -> list[tuple[Budget, _Spent]]:
@@ -149,15 +159,24 @@ class Limits:
         self._totals.forget(project_id)
         self._spent.forget(project_id)
 
-    async def _key(self, caller: Caller) -> _Key | None:
+    async def _key(self, caller: Caller | None) -> _Key | None:
         """None if it has no limits."""
-        if caller.concurrent_samples is None and caller.tokens_per_day is None:
+        if caller is None or (caller.concurrent_samples is None and caller.tokens_per_day is None):
             return None
         known = self._keys.get(str(caller.key_id))
         if known is None:
             found = await self._read(lambda c: usage.of_key(c, caller.tenant_id, caller.key_id))
-            known = self._keys.put(str(caller.key_id), _Key(*found))
+            known = self._keys.get(str(caller.key_id)) or self._keys.put(str(caller.key_id), _Key(*found))
         return known
+
+    def _of_calls(
+        self, operation: Operation, tenant: ops.Usage, caller: Caller | None, key: _Key | None
+    ) -> Exception | None:
+        """Why it cannot be let in beside what its tenant and its key have under way."""
+        refusal = self._of_tenant(operation, tenant)
+        if refusal is None and caller is not None and key is not None:
+            refusal = _of_key(operation, caller, key)
+        return refusal
 
     def _of_tenant(self, operation: Operation, tenant: ops.Usage) -> Exception | None:
         limit = tenant.max_queued or self._settings.max_queued

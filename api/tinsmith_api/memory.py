@@ -26,3 +26,8 @@ class Memory(Generic[Value]):
 
     def forget(self, key: str) -> None:
         self._values.pop(key, None)
+
+    def forget_this(self, key: str, value: Value) -> None:
+        """Unless it was read anew since."""
+        if (found := self._values.get(key)) is not None and found[1] is value:
+            del self._values[key]

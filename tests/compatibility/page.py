@@ -42,14 +42,22 @@ def stale(version: str, has: list[str], driven: Driven) -> list[str]:
     """In what the record differs from a run, whole or in part."""
     known = load().get(version, {})
     found = [f"{name}: the SDK {'has' if name in has else 'lacks'} it" for name in sorted({*has} ^ {*known})]
-    for test, its in driven.items():
-        for name, outcome in its.items():
-            if outcome == WORKS and known.get(name, {}).get("state") not in (WORKS, None):
-                found.append(f"{name}: works in {test}")
+    found += denied(version, driven)
     for name, entry in known.items():
         if entry.get("by") in driven and driven[entry["by"]].get(name, "not driven") != entry["state"]:
             found.append(f"{name}: {entry['by']} does not show that it {entry['state']}")
     return found
+
+
+def denied(version: str, driven: Driven) -> list[str]:
+    """What works, where the record says that it does not."""
+    known = load().get(version, {})
+    return [
+        f"{name}: works in {test}"
+        for test, its in driven.items()
+        for name, outcome in its.items()
+        if outcome == WORKS and known.get(name, {}).get("state") not in (WORKS, None)
+    ]
 
 
 def render(record: Record) -> str:

@@ -1,12 +1,12 @@
-"""docs/compatibility.md says what tests show, and nothing of the newest SDK is left out. These run last."""
+"""docs/compatibility.md says what tests show, and nothing of the newest SDK is left out."""
 
 import importlib.metadata
 
 import pytest
 
 from tests.compatibility import page
-from tests.compatibility.plugin import Plugin
-from tests.compatibility.recorder import WORKS, Recorder, commands, methods
+from tests.compatibility.plugin import watched
+from tests.compatibility.recorder import RECORDER, WORKS, Recorder, commands, methods
 from tests.versions.environments import ROOT, VERSIONS
 
 NEWEST = importlib.metadata.version("tinker")
@@ -40,11 +40,22 @@ def test_every_test_that_the_record_names_exists() -> None:
     assert missing == []
 
 
-def test_what_this_run_drove_is_what_the_page_says(request: pytest.FixtureRequest) -> None:
-    """Nothing works that the page denies."""
-    plugin = request.config.pluginmanager.get_plugin("compatibility")
-    assert isinstance(plugin, Plugin)
-    assert page.stale(NEWEST, [*methods(), *commands()], plugin.driven) == [], "run `make compatibility`"
+def test_a_test_for_which_something_works_that_the_page_denies_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {NEWEST: {"A.b": {"state": "refused: x"}, "A.c": {"state": WORKS}}}
+    monkeypatch.setattr(page, "load", lambda: record)
+    monkeypatch.setattr(RECORDER, "seen", {})
+
+    def run(test: str, **seen: str) -> None:
+        watching = watched(test)
+        next(watching)
+        RECORDER.seen = {f"A.{name}": outcome for name, outcome in seen.items()}
+        with pytest.raises(StopIteration):
+            next(watching)
+
+    run("tests/e2e/test_x.py::test", b="refused: x", c=WORKS)
+    run("tests/client/test_x.py::test", b=WORKS)  # of a stand-in
+    with pytest.raises(AssertionError, match="make compatibility"):
+        run("tests/e2e/test_x.py::test", b=WORKS)
 
 
 def test_a_method_works_when_its_result_was_had_and_is_refused_when_it_was_not() -> None:

@@ -59,9 +59,9 @@ demo: install
 cookbook: install
 	.venv/bin/python -m tinsmith_cookbook.book $(ARGS)
 
-# ARGS="-n 4 --dist loadgroup" divides the tests among four processes, where there are cores for them.
+# Two processes share the tests, whatever else there is: each starts services of several processes (ARGS="-n 0": one).
 test: install lint
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 # Every supported version of the official SDK, each in an environment of its own. Those are built the first time, in
 # $TINSMITH_TEST_CACHE or ~/.cache/tinsmith (2 GB); a version is a line of tests/versions/environments.py.

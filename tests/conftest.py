@@ -1,5 +1,6 @@
 """Real services for tests, on free ports and in fresh directories: the embedded form and the distributed."""
 
+import collections
 import contextlib
 import itertools
 import os
@@ -45,15 +46,36 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+FORMS = ("embedded", "fleet")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several processes divide the tests as `--dist loadgroup` does: all that share a service go to one of them,
-    others by file."""
-    for item in items:
-        given = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
-        form = given.get("service") or given.get("null_service")
-        item.add_marker(pytest.mark.xdist_group(form or str(item.path)))
+    """What takes longest comes first, so that processes that divide the tests end together."""
+    slow = collections.Counter(_group(item.nodeid) for item in items if item.get_closest_marker("slow"))
+    size = collections.Counter(_group(item.nodeid) for item in items)
+    items.sort(key=lambda item: (-slow[_group(item.nodeid)], -size[_group(item.nodeid)]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: one group of tests after another, each by one process. The marks that --dist loadgroup reads do nothing
+    where pytest is 9.2 and pytest-xdist 3.8."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """Tests of a file belong together, and all for which one of the session's services is started; where services are
+    killed there are others."""
+    file, _, test = nodeid.partition("::")
+    given = test.partition("[")[2].removesuffix("]").split("-")
+    form = next((form for form in FORMS if form in given), "")
+    return file if file == "tests/e2e/test_crash.py" else form or file
 
 
 class RunningService:
@@ -347,9 +369,6 @@ class RunningFleet:
         from tinsmith_api.journal.objects import open_store
 
         return open_store("s3://tinsmith/test", endpoint=self.s3.url)
-
-
-FORMS = ("embedded", "fleet")
 
 
 @pytest.fixture(scope="session", params=FORMS)

@@ -1,7 +1,9 @@
 """Real servers for tests: PostgreSQL and Redis from wheels (or the system's), S3 from moto and from OpenStack
 Swift. Each listens on a free port of 127.0.0.1, keeps its data in a folder, and can be killed and restarted."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -24,9 +26,13 @@ def missing(reason: str) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """None of those that a system gives to whoever connects somewhere: it stays free until its server is up, and while
+    that is down."""
+    while True:
+        port = random.SystemRandom().randrange(10_240, 32_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it") -> None:

@@ -247,6 +247,7 @@ def test_every_process_has_metrics(tmp_path: Path, fleet: RunningFleet) -> None:
     fleet.start_one("measured")
 
     def counted() -> bool:
+        assert fleet.processes["measured"].poll() is None, "it ended"
         try:
             return (
                 f'tinsmith_workers{{base_model="{MODEL}",state="ready"}} 2.0'

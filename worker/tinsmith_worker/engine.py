@@ -79,7 +79,7 @@ class TorchEngine:
         in passes too small to be in the way: the first large one would keep all of it, room or not."""
         if self.base.can_compile:
             self.base.compile()
-        elif self.base.device.type != "cuda" or self.facts.single_tenant:  # a TunedBase looks by itself
+        elif self.base.device.type != "cuda":
             return
         try:
             self._warm_up()

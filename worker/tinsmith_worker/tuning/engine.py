@@ -57,7 +57,7 @@ class TunedEngine(TorchEngine):
         )
 
     def _warm_up(self) -> None:
-        """Compiling such a base is passes already."""
+        """Compiling such a base is passes already, and what its layers keep it looks up for every method."""
 
     def _check_rank(self, spec: LoraSpec) -> None:
         self.base.form_of(spec)

@@ -244,7 +244,7 @@ def test_every_process_has_metrics(tmp_path: Path, fleet: RunningFleet) -> None:
         **told(name),
         **({"TINSMITH_METRICS_PORT": str(port)} if name == "measured" else {}),
     }
-    # Who of two is given a chore is chance: the other one leaves.
+    # Of two, one may be given every chore for minutes: the other one leaves.
     fleet.paused.add("jobs")
     fleet.processes["jobs"].terminate()
     assert fleet.processes["jobs"].wait(timeout=60) == 0

@@ -93,7 +93,7 @@ def cli(
     command = [str(Path(sys.executable).parent / "tinker"), *words]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, input=given)
     if done.returncode == -signal.SIGABRT and done.stdout:
-        done.returncode = 0  # once in thousands of times it aborts as it ends, after it has said everything
+        done.returncode = 0  # it was seen once to abort as it ended, after it had said everything; why is not known
     RECORDER.command(words, done.returncode, done.stdout + done.stderr)
     return done
 

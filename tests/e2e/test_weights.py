@@ -93,7 +93,8 @@ def cli(
     command = [str(Path(sys.executable).parent / "tinker"), *words]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, input=given)
     if done.returncode == -signal.SIGABRT and done.stdout:
-        done.returncode = 0  # it was seen once to abort as it ended, after it had said everything; why is not known
+        # It was seen once to abort as it ended, after it had said everything; why is not known.
+        done.returncode = 0
     RECORDER.command(words, done.returncode, done.stdout + done.stderr)
     return done
 
